@@ -24,12 +24,13 @@ Run = dict[str, Any]
 """One run, as plain data that JSON can hold."""
 
 
-def read_run(directory: Path, *, verify: bool = True) -> Run:
+def read_run(directory: Path, *, verify: bool = True, is_running: bool = False) -> Run:
     """Return a run's record.
 
     Args:
         directory: the run's, with its metrics.csv.
         verify: whether every byte of its checkpoints is read, for their verdict.
+        is_running: whether it is known to go on, which its files do not tell.
 
     Raises:
         TrainingError: the directory holds no run.
@@ -42,6 +43,7 @@ def read_run(directory: Path, *, verify: bool = True) -> Run:
     end = _last(events, "end")
     began = max((i for i, each in enumerate(events) if each["event"] == "start"), default=0)
     is_over = end is not None and end in events[began:]
+    unknown = "running" if is_running else "running, or killed"
     known = [second for second in steps.seconds if math.isfinite(second)]
     return {
         "name": directory.resolve().name,
@@ -49,7 +51,7 @@ def read_run(directory: Path, *, verify: bool = True) -> Run:
         "task": start.get("task", "") if start else "",
         "command": start.get("command", []) if start else [],
         "started": start.get("time") if start else None,
-        "outcome": end["outcome"] if end and is_over else "running, or killed",
+        "outcome": end["outcome"] if end and is_over else unknown,
         "steps": (start or {}).get("configuration", {}).get("steps"),
         "reached": steps.steps[-1] if steps.steps else 0,
         "seconds": known[-1] if known else None,

@@ -16,6 +16,23 @@ function element(tag, text, attributes = {}) {
   return made;
 }
 
+// A run is named once, in the chips on top; elsewhere it is its colour and number.
+function mark(index) {
+  const made = element("span", null, { class: "mark", style: `--run: var(--${runColour(index)})`, title: runs[index].name });
+  made.append(element("span", null, { class: "dot" }), document.createTextNode(index + 1));
+  return made;
+}
+
+// 0 1 2 5 as "0-2 5".
+function ranges(numbers) {
+  const found = [];
+  for (const each of [...numbers].sort((a, b) => a - b)) {
+    const last = found[found.length - 1];
+    if (last && last[1] === each - 1) last[1] = each; else found.push([each, each]);
+  }
+  return found.map(([first, last]) => (first === last ? `${first}` : `${first}-${last}`)).join(" ");
+}
+
 function number(value, digits = 4) {
   if (value === null || value === undefined) return "-";
   return Number(value).toLocaleString("en", { maximumSignificantDigits: digits });
@@ -46,6 +63,7 @@ function layout(more = {}) {
     margin: { l: 48, r: 12, t: 8, b: 36 },
     showlegend: false,
     hovermode: "x unified",
+    uirevision: "kept",
     hoverlabel: { bgcolor: colour("card"), bordercolor: colour("line"), font: { color: colour("ink") } },
     ...more,
     xaxis: { ...axis, title: { text: "step", standoff: 6 }, rangemode: "normal", ...more.xaxis },
@@ -55,6 +73,37 @@ function layout(more = {}) {
 
 const CONFIG = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d"], displayModeBar: "hover" };
 const draw = (id, traces, more) => Plotly.react(id, traces, layout(more), CONFIG);
+
+// Round values of a logarithmic axis, few enough for their labels.
+function logTicks(low, high, most) {
+  const from = Math.floor(low), to = Math.ceil(high);
+  for (const digits of [[1, 2, 5], [1, 3], [1]]) {
+    const ticks = [];
+    for (let power = from; power <= to; power += 1) for (const digit of digits) ticks.push(digit * 10 ** power);
+    const seen = ticks.filter((value) => Math.log10(value) >= low - 1e-9 && Math.log10(value) <= high + 1e-9);
+    if (seen.length >= 3 && seen.length <= most) return seen;
+    if (seen.length < 3) break; // less than a decade: as on a linear axis
+    if (digits.length === 1) return seen.filter((value, place) => place % Math.ceil(seen.length / most) === 0);
+  }
+  const span = (10 ** high - 10 ** low) / 4, unit = 10 ** Math.floor(Math.log10(span));
+  const step = [5, 2, 1].map((factor) => factor * unit).find((each) => each <= span);
+  const ticks = [];
+  for (let value = Math.ceil(10 ** low / step) * step; value <= 10 ** high; value += step) ticks.push(value);
+  return ticks;
+}
+
+function setLogTicks(id) {
+  const changes = {};
+  for (const name of ["xaxis", "yaxis"]) {
+    const axis = byId(id)._fullLayout[name];
+    if (axis.type !== "log") continue;
+    const ticks = logTicks(axis.range[0], axis.range[1], name === "xaxis" ? Math.max(3, axis._length / 70) : 8);
+    if (String(axis.tickvals) === String(ticks)) continue;
+    changes[`${name}.tickvals`] = ticks;
+    changes[`${name}.ticktext`] = ticks.map((value) => (value >= 1e6 || value < 1e-4 ? value.toExponential(0) : number(value)));
+  }
+  if (Object.keys(changes).length) Plotly.relayout(id, changes);
+}
 
 function line(curve, index, more) {
   return { type: "scatter", mode: "lines", x: curve.x, y: curve.y, line: { color: colour(runColour(index)), width: 2 }, ...more };
@@ -88,8 +137,12 @@ function drawLoss() {
       });
     }
   }
-  const axis = (id) => (byId(id).checked ? { type: "log" } : { type: "linear" });
-  draw("loss", traces, { xaxis: axis("log-x"), yaxis: { ...axis("log-y"), exponentformat: "power", dtick: byId("log-y").checked ? "D2" : undefined } });
+  const axis = (id) => (byId(id).checked ? { type: "log", uirevision: "log", tickmode: "array" } : { type: "linear", uirevision: "linear" });
+  draw("loss", traces, { xaxis: axis("log-x"), yaxis: axis("log-y") }).then((plot) => {
+    setLogTicks("loss");
+    plot.removeAllListeners("plotly_relayout");
+    plot.on("plotly_relayout", () => setLogTicks("loss"));
+  });
   const cross = recoveries ? " A cross is a fault that the run recovered from." : "";
   byId("loss-note").textContent = `Thick: smoothed over a fiftieth of the run; thin: each step.${cross} Drag to zoom, double-click to go back.`;
 }
@@ -98,7 +151,8 @@ function plotIn(parent, id, caption) {
   let plot = byId(id);
   if (!plot) {
     const figure = element("figure");
-    figure.append(element("figcaption", caption), (plot = element("div", null, { id, class: "plot" })));
+    if (caption) figure.append(element("figcaption", caption));
+    figure.append((plot = element("div", null, { id, class: "plot" })));
     parent.append(figure);
   }
   return plot;
@@ -118,12 +172,12 @@ function drawMetrics() {
 
 function drawTime() {
   const there = shown().filter(({ run }) => run.time.x.length);
-  byId("phases").style.height = `${Math.max(240, 90 + 34 * there.length)}px`;
+  byId("phases").style.height = `${runs.length > 1 ? Math.max(200, 80 + 34 * there.length) : 130}px`;
   draw("phases", PHASES.map((phase) => ({
     type: "bar",
     orientation: "h",
     name: phase,
-    y: there.map(({ run, index }) => `${index + 1}. ${run.name.length > 18 ? `${run.name.slice(0, 17)}…` : run.name}`),
+    y: there.map(({ index }) => (runs.length > 1 ? `run ${index + 1}` : "")),
     x: there.map(({ run }) => run.time.mean[phase]),
     marker: { color: colour(phase) },
     hovertemplate: "%{x:.3g} ms",
@@ -131,12 +185,12 @@ function drawTime() {
   draw("throughput", there.map(({ run, index }) => line({ x: run.time.x, y: run.time.steps_per_s }, index, { name: run.name, hovertemplate: "%{y:.4g} steps/s" })), { yaxis: { rangemode: "tozero" } });
   const parent = byId("phases-over-time");
   runs.forEach((run, index) => {
-    const plot = plotIn(parent, `phases-${index}`, `${run.name}: milliseconds of a step, over the run`);
+    const plot = plotIn(parent, `phases-${index}`, runs.length > 1 ? `run ${index + 1}` : null);
     plot.parentElement.hidden = hidden.has(run.path) || run.time.x.length < 2;
   });
   runs.forEach((run, index) => {
     const id = `phases-${index}`;
-    if (byId(id).parentElement.hidden) return;
+    if (byId(id).parentElement.hidden || !byId("over-time").open) return;
     draw(id, PHASES.map((phase) => ({
       type: "scatter", mode: "lines", stackgroup: "all", name: phase, x: run.time.x, y: run.time[phase],
       line: { width: 0, color: colour(phase) }, fillcolor: colour(phase), hovertemplate: "%{y:.3g} ms",
@@ -146,28 +200,27 @@ function drawTime() {
 }
 
 function table(id, headings, rows, none) {
-  if (runs.length === 1 && headings[0][0] === "run") { // it would say the same in every row
-    headings = headings.slice(1);
-    rows = rows.map((row) => ({ ...row, cells: row.cells.slice(1) }));
-  }
   const place = byId(id);
   place.replaceChildren();
   if (!rows.length) { place.append(element("p", none, { class: "quiet" })); return; }
+  const isEmpty = (cell) => cell === "-" || cell === "" || cell === null || cell === undefined;
+  const kept = headings.map((_, column) => column).filter((column) => rows.some(({ cells }) => !isEmpty(cells[column])) && (runs.length > 1 || headings[column][0] !== "run"));
   const made = element("table");
   const head = element("tr");
-  for (const [heading, kind] of headings) head.append(element("th", heading, { class: kind || "" }));
-  const header = element("thead");
+  for (const column of kept) {
+    const [heading, kind] = headings[column], th = element("th", null, { class: kind || "" });
+    th.append(heading);
+    head.append(th);
+  }
+  const header = element("thead"), body = element("tbody");
   header.append(head);
-  const body = element("tbody");
-  for (const { cells, index, className } of rows) {
+  for (const { cells, className } of rows) {
     const row = element("tr", null, { class: className || "" });
-    cells.forEach((cell, column) => {
-      const td = element("td", null, { class: headings[column][1] || "", "data-heading": headings[column][0] });
-      if (column === 0 && index !== undefined && runs.length > 1) td.append(element("span", null, { class: "dot", style: `--run: var(--${runColour(index)})` }));
-      if (cell === "-" || cell === null || cell === undefined) td.classList.add("empty");
-      td.append(cell && cell.nodeType ? cell : document.createTextNode(cell === null || cell === undefined ? "-" : cell));
+    for (const column of kept) {
+      const td = element("td", null, { class: headings[column][1] || "" });
+      td.append(isEmpty(cells[column]) ? "-" : cells[column]);
       row.append(td);
-    });
+    }
     body.append(row);
   }
   made.append(header, body);
@@ -176,35 +229,73 @@ function table(id, headings, rows, none) {
   place.append(scroll);
 }
 
+function hostRows({ run, index }) {
+  const hosts = new Map();
+  const at = (host) => {
+    if (!hosts.has(host)) hosts.set(host, { shards: [], standbys: [], workers: [], bytes: null, load: null });
+    return hosts.get(host);
+  };
+  for (const { shard, host, standby, bytes, load } of run.hosts.shards) {
+    const there = at(host);
+    there.shards.push(shard);
+    if (bytes !== null && bytes !== undefined) there.bytes += bytes;
+    if (load !== null && load !== undefined) there.load = Math.max(there.load, load);
+    if (standby) at(standby).standbys.push(shard);
+  }
+  for (const { rank, host } of run.hosts.workers) at(host).workers.push(rank);
+  return [...hosts].map(([host, { shards, standbys, workers, bytes, load }]) => ({
+    cells: [mark(index), host, ranges(shards), ranges(standbys), ranges(workers), bytes === null ? "-" : size(bytes), load === null ? "-" : `${Math.round(100 * load)} %`],
+  }));
+}
+
 function drawTables() {
-  table("recoveries", [["run"], ["step", "number"], ["who"], ["what"]],
-    shown().flatMap(({ run, index }) => run.recoveries.map((each) => ({ index, cells: [run.name, each.step, each.who, each.text] }))),
+  table("recoveries", [["run"], ["step", "number"], ["what"]],
+    shown().flatMap(({ run, index }) => run.recoveries.map(({ step, who, text }) => ({ cells: [mark(index), step, text.startsWith(who) ? text : `${who}: ${text}`] }))),
     "None: nothing died or failed.");
-  const verdict = (text) => element("span", text, { class: { verified: "good", complete: "", removed: "quiet" }[text] ?? "bad" });
-  table("checkpoints", [["run"], ["step", "number"], ["size", "number"], ["verdict"], ["directory"]],
-    shown().flatMap(({ run, index }) => run.checkpoints.map((each) => ({ index, cells: [run.name, each.step, size(each.bytes), verdict(each.verdict), each.path.split("/").pop()] }))),
-    "None were written.");
-  const share = (load) => (load === null || load === undefined ? "-" : `${Math.round(100 * load)} %`);
-  table("hosts", [["run"], ["what"], ["host"], ["standby"], ["size", "number"], ["load", "number"]],
-    shown().flatMap(({ run, index }) => !run.hosts ? [] : [
-      ...run.hosts.shards.map((each) => ({ index, cells: [run.name, `shard ${each.shard}`, each.host, each.standby, size(each.bytes), share(each.load)] })),
-      ...run.hosts.workers.map((each) => ({ index, cells: [run.name, `worker ${each.rank}`, each.host, "-", "-", "-"] })),
-    ]), "Not recorded.");
+  const verdict = (text) => element("span", text, { class: { verified: "good", complete: "" }[text] ?? "bad" });
+  table("checkpoints", [["run"], ["step", "number"], ["size", "number"], ["verdict"]],
+    shown().flatMap(({ run, index }) => run.checkpoints.filter((each) => each.verdict !== "removed").map((each) => ({ cells: [mark(index), each.step, size(each.bytes), verdict(each.verdict)] }))),
+    "There are none.");
+  const removed = shown().reduce((sum, { run }) => sum + run.checkpoints.filter((each) => each.verdict === "removed").length, 0);
+  byId("removed").textContent = removed ? `${number(removed, 9)} older ones were removed, as newer ones were kept.` : "";
+  table("hosts", [["run"], ["host"], ["shards"], ["standbys"], ["workers"], ["size", "number"], ["most load", "number"]],
+    shown().flatMap((each) => (each.run.hosts ? hostRows(each) : [])), "Not recorded.");
+  drawConfiguration();
+}
+
+function drawConfiguration() {
   const present = shown();
   const keys = [...new Set(present.flatMap(({ run }) => Object.keys(run.configuration)))];
+  byId("differs-control").hidden = present.length < 2;
+  const only = byId("differs").checked && present.length > 1;
+  if (present.length === 1) { // in columns
+    const list = (kept) => {
+      const made = element("dl", null, { class: "settings" });
+      for (const key of kept) {
+        const pair = element("div");
+        pair.append(element("dt", key), element("dd", present[0].run.configuration[key]));
+        made.append(pair);
+      }
+      return made;
+    };
+    const isPlace = (key) => key.startsWith("version of") || ["python", "host", "cpus"].includes(key);
+    const place = element("details", null, byId("place")?.open ? { id: "place", open: "" } : { id: "place" });
+    place.append(element("summary", "Versions and machine"), list(keys.filter(isPlace)));
+    byId("configuration").replaceChildren(...(keys.length ? [list(keys.filter((key) => !isPlace(key))), place] : [element("p", "Not recorded.", { class: "quiet" })]));
+    return;
+  }
   const rows = keys.map((key) => {
     const values = present.map(({ run }) => run.configuration[key]);
     return { className: new Set(values).size > 1 ? "differs" : "", cells: [key, ...values] };
   });
-  byId("differs-control").hidden = present.length < 2;
-  const only = byId("differs").checked && present.length > 1;
   rows.sort((a, b) => b.className.length - a.className.length); // what differs first
-  table("configuration", [["setting", "key"], ...present.map(({ run }) => [run.name])], rows.filter((row) => !only || row.className), only ? "Nothing differs." : "Not recorded.");
+  table("configuration", [["setting", "key"], ...present.map(({ index }) => [mark(index)])], rows.filter((row) => !only || row.className), only ? "Nothing differs." : "Not recorded.");
 }
 
 function drawOverview() {
   const place = byId("overview");
   place.replaceChildren();
+  place.classList.toggle("one", shown().length === 1);
   for (const { run, index } of shown()) {
     const card = element("div", null, { class: "card", style: `--run: var(--${runColour(index)})` });
     const good = run.outcome === "finished" || run.outcome.startsWith("stopped");
@@ -215,12 +306,19 @@ function drawOverview() {
       ["steps", run.steps ? `${number(run.reached, 9)} of ${number(run.steps, 9)}` : number(run.reached, 9)],
       ["loss, smoothed", number(run.loss.last)],
       ...Object.entries(run.metrics).map(([name, curve]) => [name, number(curve.y[curve.y.length - 1])]),
-      ["steps per second", number(rate, 3)],
+      ["steps/s", number(rate, 3)],
       ["trained for", duration(run.seconds)],
+      ...(run.outcome === "running" && rate ? [["time left", duration((run.steps - run.reached) / rate)]] : []),
       ["recoveries", String(run.recoveries.length)],
     ];
-    for (const [term, text, className] of rows) list.append(element("dt", term), element("dd", text, { class: className || "" }));
-    card.append(element("h3", run.name), element("p", run.task, { class: "quiet" }), list);
+    for (const [term, text, className] of rows) {
+      const pair = element("div");
+      pair.append(element("dt", term), element("dd", text, { class: className || "" }));
+      list.append(pair);
+    }
+    const name = element("h3");
+    name.append(mark(index));
+    card.append(...(runs.length > 1 ? [name] : []), list);
     place.append(card);
   }
 }
@@ -237,7 +335,7 @@ function drawRuns() {
       if (box.checked) hidden.delete(run.path); else hidden.add(run.path);
       drawAll();
     });
-    label.append(box, element("span", null, { class: "dot", style: "margin: 0" }), document.createTextNode(run.name));
+    label.append(box, mark(index), run.name);
     place.append(label);
   });
 }
@@ -260,6 +358,8 @@ byId("log-y").checked = positive;
 for (const id of ["log-y", "log-x", "raw"]) byId(id).addEventListener("change", drawLoss);
 byId("differs").addEventListener("change", drawTables);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+byId("over-time").open = runs.length === 1;
+byId("over-time").addEventListener("toggle", drawTime);
 drawRuns();
 drawAll();
 async function follow() {

@@ -25,6 +25,8 @@ _COLOURS = {
     "pull": "magenta",
 }
 _BAR_WIDTH = 16
+_LABEL_WIDTH = len("waits for")
+_HERE = "this process"
 _KEEP = 0.8
 """Of the mean of phases, at each step that is looked at."""
 _LATE_STEPS = 16
@@ -134,7 +136,7 @@ class RunView:
 def render(view: RunView) -> RenderableType:
     """Return the panel."""
     rows = Table.grid(padding=(0, 2))
-    rows.add_column(style="bright_black", no_wrap=True)
+    rows.add_column(style="bright_black", no_wrap=True, min_width=_LABEL_WIDTH)
     rows.add_column(overflow="fold")
     for label, text in _rows(view):
         rows.add_row(label, text)
@@ -156,8 +158,11 @@ def _progress(view: RunView) -> RenderableType:
     line.add_column(ratio=1)
     line.add_column(no_wrap=True)
     line.add_column(no_wrap=True, justify="right", style="bright_black")
-    done = f"{view.step}/{view.steps}"
-    line.add_row(ProgressBar(total=view.steps, completed=view.step), done, left)
+    done = f"{view.step:,}/{view.steps:,}  {100 * min(view.step, view.steps) // view.steps}%"
+    bar = ProgressBar(
+        total=view.steps, completed=view.step, complete_style="blue", finished_style="green"
+    )
+    line.add_row(bar, done, left)
     return line
 
 
@@ -170,7 +175,7 @@ def _rows(view: RunView) -> Iterable[tuple[str, Text]]:
         yield "workers", _workers(view)
     if view.recoveries:
         found = (f"{view.recoveries} recovered", "yellow")
-        yield "faults", Text.assemble(found, f"  {view.last_recovery}")
+        yield "faults", Text.assemble(found, f", last: {view.last_recovery}")
     if view.saved is not None:
         step, when = view.saved
         yield "saved", Text(f"step {step}, {duration(time.monotonic() - when)} ago")
@@ -180,10 +185,10 @@ def _training_rows(view: RunView) -> Iterable[tuple[str, Text]]:
     if not view.steps and view.step:
         yield "step", Text(str(view.step))
     if math.isfinite(view.loss):
-        loss = (f"{view.loss:.4f}", "bold")
+        loss = (figure(view.loss), "bold")
         yield "loss", Text.assemble(loss, "  ", (view.trend.sparkline(), "blue"))
     if view.metrics:
-        words = "  ".join(f"{name} {value:.4f}" for name, value in view.metrics.items())
+        words = "  ".join(f"{name} {figure(value)}" for name, value in view.metrics.items())
         yield "metrics", Text.assemble(words, (f"  step {view.evaluated}", "bright_black"))
     if view.steps_per_s > 0:
         samples = f"  {view.samples * view.steps_per_s:,.0f} samples/s" if view.samples else ""
@@ -201,8 +206,8 @@ def _cluster_rows(view: RunView, status: Status) -> Iterable[tuple[str, Text]]:
         yield "standbys", Text(f"{len(there)} of {len(status.shards)}{behind}")
     yield "workers", _workers(view)
     if view.saved is None:  # of a run elsewhere
-        if status.awaited:
-            yield "waits for", Text(status.awaited)
+        if status.awaited and view.steps_per_s == 0:  # else it waits for no more than a moment
+            yield "waits for", Text(status.awaited, "yellow")
         if status.checkpoint:
             yield "saved", Text(status.checkpoint)
 
@@ -218,17 +223,20 @@ def phases_text(phases: Phases) -> Text:
     for name, begin, end in zip(Phases._fields, ends, ends[1:], strict=False):
         text.append("█" * (end - begin), style=_COLOURS[name])
     for name, each in phases._asdict().items():
-        text.append(f"  {name}", style=_COLOURS[name])
+        text.append("\n" if name == Phases._fields[0] else "  ")
+        text.append(name, style=_COLOURS[name])
         text.append(f" {1e3 * each:.2f}", style="not bold")
     return text
 
 
 def _shards(status: Status) -> Text:
     text = Text()
+    if all(each.node == _HERE and each.round is not None for each in status.shards):
+        return Text(f"{len(status.shards)} in {_HERE}")
     for shard in status.shards[:_MOST_SHARDS]:
         is_well = shard.round is not None
         load = f" {100 * shard.load:.0f}%" if shard.load is not None else ""
-        where = f" {shard.node}" if shard.node != "this process" else ""
+        where = f" {shard.node}" if shard.node != _HERE else ""
         text.append(f"{shard.index}{where}{load}", style="" if is_well else "red")
         text.append("" if is_well else f" {shard.state}", style="red")
         text.append("   ")
@@ -239,11 +247,12 @@ def _workers(view: RunView) -> Text:
     states: Mapping[int, str] = view.status.workers if view.status is not None else {}
     ranks = sorted({*view.workers, *states})
     text = Text()
+    gone = {rank for rank in ranks if states.get(rank, "").startswith(("died", "gone"))}
+    if set(view.workers.values()) == {_HERE} and not gone:
+        return Text(f"{len(ranks)} in {_HERE}")
     for rank in ranks[:_MOST_WORKERS]:
-        where = view.workers.get(rank, "")
-        state = states.get(rank, "")
-        is_gone = state.startswith(("died", "gone"))
-        words = [str(rank), *([where] if where not in ("", "this process") else [])]
+        where, state, is_gone = view.workers.get(rank, ""), states.get(rank, ""), rank in gone
+        words = [str(rank), *([where] if where not in ("", _HERE) else [])]
         text.append(" ".join(words + ([state] if is_gone or not view.workers else [])))
         text.stylize("red" if is_gone else "", len(text) - len(state) if is_gone else 0)
         text.append("   ")
@@ -255,6 +264,20 @@ def _with_rest(text: Text, more: int) -> Text:
         text.append(f"and {more} more", style="bright_black")
     text.rstrip()
     return text
+
+
+def figure(value: float) -> str:
+    """Return a loss or a metric with four digits that count.
+
+    >>> figure(12.5), figure(0.51), figure(0.00012345), figure(3e-7)
+    ('12.5000', '0.5100', '0.0001234', '3.000e-07')
+    """
+    size = abs(value)
+    if not math.isfinite(value) or value == 0 or 1 <= size < 1e6:
+        return f"{value:.4f}"
+    if not 1e-4 <= size < 1:
+        return f"{value:.3e}"
+    return f"{value:.{3 - math.floor(math.log10(size))}f}"
 
 
 def duration(seconds: float) -> str:

@@ -15,7 +15,7 @@ from distnadam.client.status import Status
 from distnadam.errors import ConfigError
 from distnadam.training.callbacks import Callback
 from distnadam.training.history import History
-from distnadam.training.panel import RunView, duration, render, step_line
+from distnadam.training.panel import RunView, duration, figure, render, step_line
 from distnadam.training.steps import StepRecord
 
 Verbose = bool | int | Literal["auto"]
@@ -69,7 +69,7 @@ class ProgressDisplay(Callback):
             return
         if now - self._printed >= _PLAIN_EVERY_S or step == steps:
             self._printed = now
-            words = [f"loss {loss:.4f}", f"{rate:.1f} steps/s"]
+            words = [f"loss {figure(loss)}", f"{rate:.1f} steps/s"]
             if rate > 0 and steps:
                 words.append(f"{duration((steps - step) / rate)} left")
             self._print(step_line(step, steps, words))
@@ -77,10 +77,10 @@ class ProgressDisplay(Callback):
     @override
     def on_evaluate(self, step: int, metrics: Mapping[str, float]) -> None:
         self._view.metrics, self._view.evaluated = dict(metrics), step
-        words = [f"{name} {value:.4f}" for name, value in metrics.items()]
+        words = [f"{name} {figure(value)}" for name, value in metrics.items()]
         if self._is_brief:
             loss, rate = self._view.loss, self._history.steps_per_s
-            words = [f"loss {loss:.4f}", *words, f"{rate:.1f} steps/s"]
+            words = [f"loss {figure(loss)}", *words, f"{rate:.1f} steps/s"]
             self._print(step_line(step, self._view.steps, words))
         else:
             self._print(f"step {step}: {'  '.join(words)}")

@@ -5,7 +5,6 @@ It runs in a thread or in a Ray actor and does not know which.
 
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from time import perf_counter
 from typing import Any
 

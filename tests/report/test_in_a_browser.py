@@ -80,11 +80,34 @@ def test_it_reads_well_at_this_width_in_this_scheme(
         }""")
         )
 
+    def labels(axis: str) -> list[dict[str, float]]:
+        """Where the labels of the loss's axis lie."""
+        found = tab.evaluate(
+            "(axis) => [...document.querySelectorAll(`#loss .${axis}tick text`)]"
+            ".map((each) => each.getBoundingClientRect().toJSON())",
+            axis,
+        )
+        return list(found)
+
+    def overlapping(axis: str, side: str, end: str) -> bool:
+        places = sorted((each[side], each[end]) for each in labels(axis))
+        assert len(places) >= 3
+        return any(a[1] > b[0] for a, b in zip(places, places[1:], strict=False))
+
     assert curves() == 5, "two runs, each raw and smoothed, and a recovery"
+    assert not overlapping("y", "top", "bottom")
+    tab.locator("#log-x").check()
+    assert not overlapping("x", "left", "right")
+    tab.locator("#log-x").uncheck()
+    assert tab.inner_text("body").count("failing") == 1, "a name is said once, then its mark"
+    assert tab.evaluate("document.documentElement.scrollHeight") < 4500
+    tab.locator("#over-time summary").click()
+    tab.wait_for_selector("#phases-1 .main-svg")
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     assert contrast() > 7
     assert "ZeroDivisionError: </script> the <b>batch</b> is bad" in tab.inner_text("#recoveries")
     assert "verified" in tab.inner_text("#checkpoints")
+    assert "0-1" in tab.inner_text("#hosts")
     differing = tab.inner_text("#configuration")
     assert "lr" in differing
     assert "beta_1" not in differing
@@ -92,6 +115,7 @@ def test_it_reads_well_at_this_width_in_this_scheme(
     assert "beta_1" in tab.inner_text("#configuration")
     tab.locator("#runs input").nth(1).uncheck()
     assert curves() == 2, "one run"
+    assert "beta_1" in tab.inner_text("#configuration"), "all of it, in columns"
     assert "ZeroDivisionError" not in tab.inner_text("#recoveries")
     assert tab.locator("#overview .card").count() == 1
     tab.locator("#raw").uncheck()

@@ -18,7 +18,7 @@ from distnadam.errors import ConfigError, RayLost, Rewound, ShardLost, TrainingE
 from distnadam.training.callbacks import Callback, CallbackList
 from distnadam.training.history import History, Recorder
 from distnadam.training.metrics_file import MetricsFile, evaluation_at, read_metrics
-from distnadam.training.panel import Trend
+from distnadam.training.panel import Trend, figure
 from distnadam.training.progress import ProgressDisplay
 from distnadam.training.run_handle import RunHandle
 from distnadam.training.steps import Phases, RankStep, StepRecord
@@ -310,6 +310,22 @@ def test_a_line_for_each_evaluation_is_all_that_a_brief_log_has(tmp_path: Path) 
     display.on_evaluate(9, {"accuracy": 0.9})
     display.on_end()
     assert output.getvalue() == "step 9/9  loss 0.5000  accuracy 0.9000  0.0 steps/s\n"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.0, "0.0000"),
+        (1e-7, "1.000e-07"),
+        (0.0012345, "0.001234"),
+        (-0.5, "-0.5000"),
+        (31.25, "31.2500"),
+        (math.nan, "nan"),
+        (2e7, "2.000e+07"),
+    ],
+)
+def test_a_small_loss_has_digits(value: float, shown: str) -> None:
+    assert figure(value) == shown
 
 
 @pytest.mark.parametrize("verbose", [3, -1, "loud", None])

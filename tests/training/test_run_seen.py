@@ -1,6 +1,7 @@
 """What the panel shows of a run that goes on elsewhere."""
 
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,8 +25,12 @@ def test_a_panel_of_a_run_elsewhere_has_its_losses_where_its_files_can_be_seen(
     assert view.metrics == history.metrics
     output = io.StringIO()
     Console(file=output, width=100).print(render(view))
-    for word in ("mine", "25/20", "4.0 steps/s", "distance", "the push of rank 1", "1 recovered"):
+    for word in ("mine", "25/20", "4.0 steps/s", "distance", "1 recovered"):
         assert word in output.getvalue(), word
+    assert "waits for" not in output.getvalue(), "a run that steps waits for a moment only"
+    view = RunSeen("mine").view(replace(status, steps_per_s=0.0, awaited="the push of rank 1"))
+    Console(file=output, width=100).print(render(view))
+    assert "waits for  the push of rank 1" in re.sub(" {2,}", "  ", output.getvalue())
     elsewhere = RunSeen("mine").view(replace(status, checkpoint="s3://bucket/run/step_00000020"))
     assert (elsewhere.step, elsewhere.steps) == (25, None)
     assert RunSeen("mine").view(replace(status, checkpoint=None)).recoveries == 1
