@@ -12,14 +12,7 @@ from typing import Any, Literal
 
 from typing_extensions import override
 
-from distnadam.checks import (
-    check_as,
-    check_count,
-    check_name,
-    check_ports,
-    fields_of,
-    set_number,
-)
+from distnadam.checks import check_as, check_count, check_name, check_ports, fields_of, set_number
 from distnadam.errors import ConfigError
 from distnadam.hyperparameters import DEFAULT_EPSILON, NadamConfig
 from distnadam.places import place, shown
@@ -84,6 +77,9 @@ class Options:
 
     Raises:
         ConfigError: a value is out of its range.
+
+    >>> DistNadam(options=Options(on_nonfinite="skip", step_timeout_s=60)).options.step_timeout_s
+    60.0
     """
 
     on_nonfinite: Literal["raise", "skip"] = "raise"

@@ -40,7 +40,11 @@ Mask = Any
 
 
 class UpdateState(NamedTuple):
-    """The state of a transformation: how many updates were made; the rest is on the shards."""
+    """The state of a transformation: how many updates were made; the rest is on the shards.
+
+    >>> int(DistNadam(0.1, backend="local").transformation().init({"w": jnp.ones(2)}).count)
+    0
+    """
 
     count: Any
 
@@ -63,6 +67,10 @@ class DistNadam:
 
     Raises:
         ConfigError: naming the argument and its value.
+
+    >>> params = DistNadam(0.1, backend="local").step({"w": jnp.ones(2)}, {"w": jnp.ones(2)})
+    >>> [round(float(w), 4) for w in params["w"]]
+    [0.8526, 0.8526]
     """
 
     _FORMULA: ClassVar[Formula] = "nadam_optax"
@@ -256,7 +264,13 @@ class DistNadam:
 
 
 class DistNadamW(DistNadam):
-    """Nadam with decoupled weight decay, 1e-4 as optax.nadamw has it."""
+    """Nadam with decoupled weight decay, 1e-4 as optax.nadamw has it.
+
+    >>> optimizer = DistNadamW(0.1, weight_decay=0.5, backend="local")
+    >>> params = optimizer.step({"w": jnp.ones(2)}, {"w": jnp.ones(2)})
+    >>> [round(float(w), 4) for w in params["w"]]
+    [0.8026, 0.8026]
+    """
 
     def __init__(
         self,
@@ -272,13 +286,24 @@ class DistNadamW(DistNadam):
 
 
 class DistAdam(DistNadam):
-    """Adam as optax.adam computes it."""
+    """Adam as optax.adam computes it.
+
+    >>> params = DistAdam(0.1, backend="local").step({"w": jnp.ones(2)}, {"w": jnp.ones(2)})
+    >>> [round(float(w), 4) for w in params["w"]]
+    [0.9, 0.9]
+    """
 
     _FORMULA: ClassVar[Formula] = "adam"
 
 
 class DistAdamW(DistNadamW):
-    """Adam with decoupled weight decay, 1e-4 as optax.adamw has it."""
+    """Adam with decoupled weight decay, 1e-4 as optax.adamw has it.
+
+    >>> optimizer = DistAdamW(0.1, weight_decay=0.5, backend="local")
+    >>> params = optimizer.step({"w": jnp.ones(2)}, {"w": jnp.ones(2)})
+    >>> [round(float(w), 4) for w in params["w"]]
+    [0.85, 0.85]
+    """
 
     _FORMULA: ClassVar[Formula] = "adam"
 

@@ -74,6 +74,12 @@ class DistNadam(HeldState, set_once={"saves", "restored_data"}):
 
     Raises:
         ConfigError: (a ValueError) naming the argument and its value.
+
+    >>> with DistNadam(lr=0.1, backend="local").build({"w": np.ones(2, np.float32)}) as optimizer:
+    ...     optimizer.apply_gradients({"w": np.float32([1, -1])})
+    ...     [round(float(value), 3) for value in optimizer.get_params()["w"]]
+    1
+    [0.894, 1.106]
     """
 
     def __init__(
@@ -175,16 +181,6 @@ class DistNadam(HeldState, set_once={"saves", "restored_data"}):
         return self._life.shards
 
     @property
-    def backend_name(self) -> str:
-        """ "local" or "ray", once built."""
-        return self.shards.backend.name
-
-    @property
-    def options(self) -> Options:
-        """The rare settings it was made with."""
-        return self._life.settings.options
-
-    @property
     def lr(self) -> Rate:
         """The learning rate, a float or a schedule; set, it holds from the next step on."""
         return kept(self._life.config.lr)
@@ -276,14 +272,6 @@ class DistNadam(HeldState, set_once={"saves", "restored_data"}):
         """Return a new worker for a rank; one that had it before is refused from then on."""
         self._life.check_rank(rank)
         return Worker(self.shards, rank)
-
-    def waiting_for(self) -> tuple[int, ...]:
-        """Return the ranks that have not pushed for the coming round."""
-        return self.shards.describe().waiting_for
-
-    def lost_ranks(self) -> dict[int, int]:
-        """Return the dead worker's incarnation for each rank that has no new worker yet."""
-        return self.shards.backend.supervisor.lost_ranks()
 
     def team(self, make: Callable[..., Any], *given: Any) -> WorkerGroup:
         """Return `make(rank, *copies of given)` of each rank: a thread if local, else an actor."""

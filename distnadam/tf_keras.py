@@ -45,6 +45,11 @@ class DistNadam(tf_keras.optimizers.legacy.Optimizer):
 
     Raises:
         ConfigError: naming the argument and its value.
+
+    >>> variable = tf.Variable([1.0, 1.0])
+    >>> _ = DistNadam(learning_rate=0.1).apply_gradients([(tf.constant([1.0, 1.0]), variable)])
+    >>> [round(float(value), 4) for value in variable.numpy()]
+    [0.8944, 0.8944]
     """
 
     _FORMULA: ClassVar[Formula] = "nadam"
@@ -214,20 +219,38 @@ class DistNadam(tf_keras.optimizers.legacy.Optimizer):
 
 
 class DistNadamW(DistNadam):
-    """Nadam with decoupled weight decay, 0.004 as in Keras's AdamW."""
+    """Nadam with decoupled weight decay, 0.004 as in Keras's AdamW.
+
+    >>> variable = tf.Variable([1.0, 1.0])
+    >>> _ = DistNadamW(0.1, weight_decay=0.5).apply_gradients([(tf.constant([1.0, 1.0]), variable)])
+    >>> [round(float(value), 4) for value in variable.numpy()]
+    [0.8444, 0.8444]
+    """
 
     def __init__(self, *arguments: Any, weight_decay: float = 0.004, **others: Any) -> None:
         super().__init__(*arguments, weight_decay=weight_decay, **others)
 
 
 class DistAdam(DistNadam):
-    """Adam as `tf_keras.optimizers.legacy.Adam` computes it."""
+    """Adam as `tf_keras.optimizers.legacy.Adam` computes it.
+
+    >>> variable = tf.Variable([1.0, 1.0])
+    >>> _ = DistAdam(0.1).apply_gradients([(tf.constant([1.0, 1.0]), variable)])
+    >>> [round(float(value), 4) for value in variable.numpy()]
+    [0.9, 0.9]
+    """
 
     _FORMULA: ClassVar[Formula] = "adam_keras"
 
 
 class DistAdamW(DistAdam):
-    """Adam with decoupled weight decay, 0.004 as in Keras's AdamW."""
+    """Adam with decoupled weight decay, 0.004 as in Keras's AdamW.
+
+    >>> variable = tf.Variable([1.0, 1.0])
+    >>> _ = DistAdamW(0.1, weight_decay=0.5).apply_gradients([(tf.constant([1.0, 1.0]), variable)])
+    >>> [round(float(value), 4) for value in variable.numpy()]
+    [0.85, 0.85]
+    """
 
     def __init__(self, *arguments: Any, weight_decay: float = 0.004, **others: Any) -> None:
         super().__init__(*arguments, weight_decay=weight_decay, **others)

@@ -16,11 +16,11 @@ for `accuracy`.
 ...         return float(error @ error), {"w": 2 * error}
 ...     def evaluate(self, params):
 ...         return {"largest": float(params["w"].max())}
->>> stop = EarlyStopping(monitor="val_largest", mode="max", baseline=0.5, patience=2)
+>>> stop = EarlyStopping(monitor="val_largest", mode="max", min_delta=0.5, patience=2)
 >>> history = fit(Mean(), steps=40, evaluate_every=10, backend="local", verbose=False,
 ...     checkpoint_dir="runs/stopped", callbacks=[CSVLogger("epochs.csv"), stop])
 >>> history.outcome, stop.stopped_epoch
-('stopped: EarlyStopping: val_largest has not improved for 2 epochs', 1)
+('stopped: EarlyStopping: val_largest has not improved for 2 epochs', 2)
 """
 
 from distnadam.callbacks.csv_logger import CSVLogger

@@ -1,5 +1,5 @@
 """What an optimizer holds, as its user reads and replaces it between two rounds: the parameters,
-their average, Keras's list of weights.
+their average, Keras's list of weights; and where its shards and ranks stand.
 """
 
 from collections.abc import Iterable
@@ -8,12 +8,15 @@ from typing import Any
 from distnadam.client.fixed_attributes import FixedAttributes
 from distnadam.client.lifecycle import Lifecycle
 from distnadam.client.user_state import from_weights, params_from, to_weights
+from distnadam.config import Options
 from distnadam.errors import ConfigError
 from distnadam.tensors.arrays import Array
 
 
 class HeldState(FixedAttributes):
-    """The methods of an optimizer that read and replace its arrays, of all shards at one round."""
+    """The methods of an optimizer that read where it stands, and that read and replace its arrays,
+    of all shards at one round.
+    """
 
     _life: Lifecycle
 
@@ -34,8 +37,32 @@ class HeldState(FixedAttributes):
 
     @property
     def loss_scale(self) -> float:
-        """What losses are to be multiplied by for the next round; 1 if `loss_scale` is None."""
+        """What losses are to be multiplied by for the next round; 1 if `loss_scale` is None.
+
+        >>> scale = LossScale(init_scale=8.0)
+        >>> with DistNadam(loss_scale=scale, backend="local").build(np.ones(2)) as optimizer:
+        ...     optimizer.loss_scale, optimizer.worker(0).loss_scale, optimizer.worker(0).is_scaled
+        (8.0, 8.0, True)
+        """
         return (self._life.shards.describe().loss_scale if self._life.is_built else 0.0) or 1.0
+
+    @property
+    def backend_name(self) -> str:
+        """ "local" or "ray", once built."""
+        return self._life.shards.backend.name
+
+    @property
+    def options(self) -> Options:
+        """The rare settings it was made with."""
+        return self._life.settings.options
+
+    def waiting_for(self) -> tuple[int, ...]:
+        """Return the ranks that have not pushed for the coming round."""
+        return self._life.shards.describe().waiting_for
+
+    def lost_ranks(self) -> dict[int, int]:
+        """Return the dead worker's incarnation for each rank that has no new worker yet."""
+        return self._life.shards.backend.supervisor.lost_ranks()
 
     def get_params(self) -> Any:
         """Return a copy of the parameters in the structure given to `build`, each in its own dtype.
@@ -69,6 +96,11 @@ class HeldState(FixedAttributes):
 
         Raises:
             ConfigError: no average is kept.
+
+        >>> with DistNadam(use_ema=True, backend="local").build(np.ones(2)) as optimizer:
+        ...     optimizer.set_ema_params(np.zeros(2))
+        ...     optimizer.get_ema_params()
+        array([0., 0.])
         """
         self._require_ema()
         return self._read_tree("ema")

@@ -52,6 +52,12 @@ class SeenRounds(FixedAttributes):
     def gradient_norm(self) -> float | None:
         """The norm of the mean gradient of the last round that this worker saw, over all tensors,
         before it was clipped; None where clipping needed no norms, or they were lost with a shard.
+
+        >>> with DistNadam(global_clipnorm=1.0, backend="local").build(np.ones(2)) as optimizer:
+        ...     worker = optimizer.worker(0)
+        ...     _ = worker.step(np.array([3.0, 4.0]))
+        ...     worker.gradient_norm
+        5.0
         """
         norm = self.session.gradient_norm
         return None if norm == NO_NORM else norm

@@ -49,6 +49,9 @@ class Converted:
     Args:
         path: what was written: the file, or the checkpoint's directory.
         notes: sentences about what differs, or has to be set up outside the state.
+
+    >>> Converted("adam.npz", ("the schedule is torch's to set up",)).notes
+    ("the schedule is torch's to set up",)
     """
 
     path: str
@@ -92,6 +95,11 @@ def export_checkpoint(
         CheckpointError: the checkpoint is refused, or the file cannot be written.
         ConversionError: naming each difference, such as the momentum schedule, and its remedy where
             the framework has one outside its optimizer; nothing was written.
+
+    >>> with DistNadam(backend="local").build({"w": np.ones(2, np.float32)}) as optimizer:
+    ...     saved = optimizer.save("runs/exported")
+    >>> export_checkpoint(saved, "state.npz", to="numpy").path.endswith("state.npz")
+    True
     """
     if to not in _WRITERS:
         raise ConfigError(f"to must be one of {', '.join(map(repr, FORMATS))}, got {to!r}")
@@ -154,6 +162,12 @@ def import_checkpoint(
             directory holds that step already.
         ConversionError: naming each difference, such as AMSGrad, or steps that differ between
             tensors; nothing was written.
+
+    >>> with DistNadam(lr=0.1, backend="local").build({"w": np.ones(2, np.float32)}) as optimizer:
+    ...     file = export_checkpoint(optimizer.save("runs/imported"), "own.npz", to="numpy").path
+    >>> found = import_checkpoint(file, "runs/again", source_format="numpy")
+    >>> DistNadam.restore(found.path, backend="local").lr
+    0.1
     """
     if source_format not in _READERS:
         raise ConfigError(

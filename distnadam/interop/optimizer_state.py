@@ -40,6 +40,11 @@ class OptimizerState:
         m: the first moments, likewise.
         v: the second moments, likewise.
         ema: the average of the parameters, likewise; None if `config` keeps none.
+
+    >>> with DistNadam(lr=0.1, backend="local").build({"w": np.ones(2, np.float32)}) as optimizer:
+    ...     state = load_checkpoint(optimizer.save("runs/state"))
+    >>> state.names, state.params, state.rate
+    (['w'], [array([1., 1.], dtype=float32)], 0.1)
     """
 
     layout: Layout
@@ -136,6 +141,10 @@ def load_checkpoint(path: DirectoryLike) -> OptimizerState:
     Raises:
         CheckpointError: naming the file that was refused, and why.
         ConfigError: its learning rate is a schedule of the user's that was not imported.
+
+    >>> with DistNadam(backend="local").build({"w": np.ones(2, np.float32)}) as optimizer:
+    ...     load_checkpoint(optimizer.save("runs/loaded")).clock.iterations
+    0
     """
     directory, manifest, _ = store.find(path)
     layout = Layout.from_dict(manifest.layout)

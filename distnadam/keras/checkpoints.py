@@ -28,6 +28,14 @@ class ClusterCheckpoint(keras.callbacks.Callback):
 
     Raises:
         ConfigError: `save_freq` is neither; or the model has another optimizer.
+
+    >>> from distnadam.keras import DistNadam
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    >>> model.compile(DistNadam(), loss="mse", jit_compile=False)
+    >>> saves = ClusterCheckpoint("runs/saved")
+    >>> history = model.fit(np.ones((8, 2)), np.ones(8), verbose=0, callbacks=[saves])
+    >>> saves.last_saved.endswith("step_00000001")
+    True
     """
 
     def __init__(
@@ -79,6 +87,18 @@ def restore(model: Any, path: DirectoryLike) -> None:
     Raises:
         CheckpointError: naming the file that was refused, and why.
         StructureError: it is of another model; nothing was changed.
+
+    >>> from distnadam.keras import DistNadam
+    >>> def model_of():
+    ...     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    ...     model.compile(DistNadam(), loss="mse", jit_compile=False)
+    ...     return model
+    >>> model, data = model_of(), (np.ones((8, 2)), np.ones(8))
+    >>> history = model.fit(*data, verbose=0, callbacks=[ClusterCheckpoint("runs/restored")])
+    >>> again = model_of()
+    >>> restore(again, "runs/restored")
+    >>> bool((again.get_weights()[0] == model.get_weights()[0]).all())
+    True
     """
     optimizer = optimizer_of(model)
     optimizer.build(model.trainable_variables)

@@ -13,12 +13,23 @@ _registered = keras.saving.register_keras_serializable(package="distnadam")
 
 @_registered
 class DistNadam(DistOptimizer):
-    """Nadam, as `keras.optimizers.Nadam` computes it; the arguments are `DistOptimizer`'s."""
+    """Nadam, as `keras.optimizers.Nadam` computes it; the arguments are `DistOptimizer`'s.
+
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    >>> model.compile(DistNadam(learning_rate=0.05), loss="mse", jit_compile=False)
+    >>> history = model.fit(np.ones((8, 2)), np.ones(8), epochs=2, verbose=0)
+    >>> int(model.optimizer.iterations)
+    2
+    """
 
 
 @_registered
 class DistNadamW(DistOptimizer):
-    """Nadam with decoupled weight decay, 0.004 as in `keras.optimizers.AdamW`."""
+    """Nadam with decoupled weight decay, 0.004 as in `keras.optimizers.AdamW`.
+
+    >>> DistNadamW(0.01).weight_decay
+    0.004
+    """
 
     def __init__(
         self,
@@ -36,7 +47,13 @@ class DistNadamW(DistOptimizer):
 
 @_registered
 class DistAdam(DistOptimizer):
-    """Adam, as `keras.optimizers.Adam` computes it; `amsgrad` is refused."""
+    """Adam, as `keras.optimizers.Adam` computes it; `amsgrad` is refused.
+
+    >>> variable = keras.Variable(np.ones(2, np.float32))
+    >>> DistAdam(0.1).apply([np.ones(2, np.float32)], [variable])
+    >>> [round(float(value), 4) for value in keras.ops.convert_to_numpy(variable.value)]
+    [0.9, 0.9]
+    """
 
     _FORMULA: ClassVar[Formula] = "adam_keras"
 
@@ -61,7 +78,11 @@ class DistAdam(DistOptimizer):
 
 @_registered
 class DistAdamW(DistAdam):
-    """Adam with decoupled weight decay, as `keras.optimizers.AdamW` computes it."""
+    """Adam with decoupled weight decay, as `keras.optimizers.AdamW` computes it.
+
+    >>> DistAdamW(learning_rate=0.01, weight_decay=0.1).weight_decay
+    0.1
+    """
 
     def __init__(
         self,

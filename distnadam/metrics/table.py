@@ -13,7 +13,11 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric: its kind, its description, and its tag keys."""
+    """One metric: its kind, its description, and its tag keys.
+
+    >>> METRICS["distnadam_step_seconds"].kind
+    'histogram'
+    """
 
     kind: Literal["histogram", "counter", "gauge"]
     description: str

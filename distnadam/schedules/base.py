@@ -31,6 +31,16 @@ class Schedule(ABC):
     Subclasses are frozen dataclasses; each has a name of its own. Fields hold what a checkpoint's
     `data` does, and other schedules, also in tuples, lists and dicts. Two schedules are equal if
     their classes' names and their fields are, arrays bit by bit.
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass(frozen=True)
+    ... class Stairs(Schedule):
+    ...     initial: float
+    ...     every: int
+    ...     def __call__(self, step):
+    ...         return self.initial * 0.5 ** (step // self.every)
+    >>> DistNadam(lr=Stairs(0.1, every=10)).lr(10)
+    0.05
     """
 
     _defined: ClassVar[dict[str, type["Schedule"]]] = {}
@@ -69,6 +79,9 @@ def rate_at(rate: Rate, step: int) -> float:
 
     Raises:
         ConfigError: the schedule raised, or its rate is not finite and at least 0.
+
+    >>> rate_at(0.1, 5), rate_at(lambda step: 1 / (step + 1), 3)
+    (0.1, 0.25)
     """
     try:
         value = float(rate(step)) if callable(rate) else rate

@@ -12,6 +12,9 @@ class Constant(Schedule):
 
     Args:
         rate: the learning rate.
+
+    >>> Constant(0.1)(1000)
+    0.1
     """
 
     rate: float
@@ -30,6 +33,13 @@ class Exponential(Schedule):
         decay_steps: steps in which the rate is multiplied by `decay_rate`.
         decay_rate: the factor.
         staircase: round the exponent down.
+
+    Raises:
+        ConfigError: a field is out of its range.
+
+    >>> schedule = Exponential(initial=1.0, decay_steps=10, decay_rate=0.5)
+    >>> schedule(0), schedule(10), schedule(20)
+    (1.0, 0.5, 0.25)
     """
 
     initial: float
@@ -56,6 +66,13 @@ class WarmupCosine(Schedule):
         warmup_steps: steps of the rise.
         total_steps: the step at which `final` is reached.
         final: the last rate.
+
+    Raises:
+        ConfigError: a field is out of its range.
+
+    >>> schedule = WarmupCosine(peak=1.0, warmup_steps=2, total_steps=10)
+    >>> [schedule(step) for step in (0, 1, 2, 6, 10, 99)]
+    [0.5, 1.0, 1.0, 0.5, 0.0, 0.0]
     """
 
     peak: float
@@ -88,6 +105,13 @@ class Piecewise(Schedule):
     Args:
         boundaries: increasing steps.
         rates: one more than there are boundaries; the last one stays.
+
+    Raises:
+        ConfigError: a field is out of its range.
+
+    >>> schedule = Piecewise(boundaries=(2, 4), rates=(0.1, 0.01, 0.001))
+    >>> [schedule(step) for step in (0, 2, 3, 4, 5)]
+    [0.1, 0.1, 0.01, 0.01, 0.001]
     """
 
     boundaries: tuple[int, ...]

@@ -14,6 +14,9 @@ def rate_to_dict(rate: Rate) -> float | dict[str, Any]:
 
     Raises:
         ConfigError: the rate is a function that is no `Schedule`, or a field cannot be stored.
+
+    >>> rate_to_dict(Constant(0.1))
+    {'class_name': 'Constant', 'config': {'rate': 0.1}}
     """
     if not callable(rate):
         return rate
@@ -32,6 +35,9 @@ def rate_from(value: Any) -> Rate:
 
     Raises:
         ConfigError: the schedule's class is not defined in this process, or refuses its fields.
+
+    >>> rate_from({"class_name": "Constant", "config": {"rate": 0.1}})
+    Constant(rate=0.1)
     """
     if not isinstance(value, Mapping):
         return value  # type: ignore[no-any-return]  # validated by NadamConfig
@@ -41,6 +47,9 @@ def rate_from(value: Any) -> Rate:
 def kept(rate: Rate) -> Rate:
     """Return a rate that nobody else changes; raise ConfigError for a class, and for a `Schedule`
     that cannot be stored.
+
+    >>> kept(Constant(0.1)) == Constant(0.1), kept(0.1)
+    (True, 0.1)
     """
     if isinstance(rate, type):
         raise ConfigError(

@@ -25,6 +25,13 @@ class DistNadam(BaseOptimizer):
 
     Raises:
         ConfigError: (a ValueError) a setting is out of its range, in torch's own words.
+
+    >>> weight = torch.nn.Parameter(torch.ones(2))
+    >>> optimizer = DistNadam([("weight", weight)], lr=0.1)
+    >>> weight.sum().backward()
+    >>> optimizer.step()
+    >>> [round(value, 4) for value in weight.tolist()]
+    [0.8944, 0.8944]
     """
 
     _formula = "nadam"
@@ -55,7 +62,12 @@ class DistNadam(BaseOptimizer):
 
 
 class DistNadamW(DistNadam):
-    """`DistNadam` with decoupled weight decay of 0.01, as torch.optim.AdamW is of Adam."""
+    """`DistNadam` with decoupled weight decay of 0.01, as torch.optim.AdamW is of Adam.
+
+    >>> weight = torch.nn.Parameter(torch.ones(2))
+    >>> DistNadamW([weight], lr=0.1).param_groups[0]["weight_decay"]
+    0.01
+    """
 
     def __init__(
         self,
@@ -89,6 +101,13 @@ class DistAdam(BaseOptimizer):
     Args:
         params, lr, betas, eps, weight_decay, decoupled_weight_decay, maximize, others: as
             `DistNadam`.
+
+    >>> weight = torch.nn.Parameter(torch.ones(2))
+    >>> optimizer = DistAdam([weight], lr=0.1)
+    >>> weight.sum().backward()
+    >>> optimizer.step()
+    >>> [round(value, 4) for value in weight.tolist()]
+    [0.9, 0.9]
     """
 
     _formula = "adam"
@@ -117,7 +136,15 @@ class DistAdam(BaseOptimizer):
 
 
 class DistAdamW(DistAdam):
-    """torch.optim.AdamW, with its state on shards: `DistAdam` with decoupled weight decay."""
+    """torch.optim.AdamW, with its state on shards: `DistAdam` with decoupled weight decay.
+
+    >>> weight = torch.nn.Parameter(torch.ones(2))
+    >>> optimizer = DistAdamW([weight], lr=0.1, weight_decay=0.5)
+    >>> weight.sum().backward()
+    >>> optimizer.step()
+    >>> [round(value, 4) for value in weight.tolist()]
+    [0.85, 0.85]
+    """
 
     def __init__(
         self,

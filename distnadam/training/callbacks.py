@@ -31,6 +31,14 @@ class Callback:
 
     Attributes:
         run: the run, from before its first event: its optimizer, and `run.stop(reason)`.
+
+    >>> class StopAt(Callback):
+    ...     def __init__(self, loss):
+    ...         self._loss = loss
+    ...     def on_step(self, step, loss):
+    ...         if loss < self._loss:
+    ...             self.run.stop(f"the loss fell below {self._loss}")
+    >>> stop = StopAt(0.1)  # for fit(..., callbacks=[stop])
     """
 
     run: RunHandle

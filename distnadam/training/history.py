@@ -35,6 +35,11 @@ class History:
         phases: where the time of each of these steps went.
         outcome: how the call ended: "finished", "stopped: ..." by a callback, "interrupted",
             "terminated", or "failed: ..."; "running" before.
+
+    >>> from distnadam.training.tasks import built_in
+    >>> history = fit(built_in("digits"), steps=3, backend="local", checkpoint_dir="run", verbose=0)
+    >>> history.steps, history.outcome, list(history.metrics)
+    ([1, 2, 3], 'finished', ['accuracy'])
     """
 
     checkpoint_dir: Path

@@ -43,6 +43,19 @@ class Task(Protocol):
         def load_state(self, state):
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(torch.tensor(state[name]))
+
+    >>> class Mean:
+    ...     def init(self, seed):
+    ...         return {"w": np.random.default_rng(seed).random(2, np.float32)}
+    ...     def batch(self, step, rank, world_size):
+    ...         return np.random.default_rng((step, rank)).random((8, 2), np.float32)
+    ...     def loss_and_gradients(self, params, batch):
+    ...         error = params["w"] - batch.mean(0)
+    ...         return float(error @ error), {"w": 2 * error}
+    ...     def evaluate(self, params):
+    ...         return {"largest": float(params["w"].max())}
+    >>> isinstance(Mean(), Task)
+    True
     """
 
     def init(self, seed: int) -> Any:
