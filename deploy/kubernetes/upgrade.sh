@@ -9,8 +9,9 @@ job=distnadam-digits
 of() { kubectl "$@" --namespace distnadam; }
 kubectl kustomize "$1" > /dev/null # a folder that does not render ends no job
 cluster=$(of get rayjob "$job" --output 'jsonpath={.status.rayClusterName}')
+[ -n "$cluster" ] || { echo "the job $job has no cluster yet, and nothing to save" >&2; exit 1; }
 kubectl exec --namespace distnadam "svc/$cluster-head-svc" -- distnadam save "$job"
-of delete rayjob "$job" --wait
+of delete rayjob "$job" --cascade=foreground --wait # until its cluster is gone too, which has the checkpoints' lock
 if ! kubectl apply --kustomize "$1"; then
     echo "the job is ended, and saved in its --checkpoint-dir; apply the folder that it had, or this one again" >&2
     exit 1
