@@ -217,6 +217,16 @@ class ClusterState:
             if index in self.successors:
                 self.standbys[index] = self.successors.pop(index)
 
+    def forget_gone(self) -> None:
+        """Forget processes that are neither shards nor standbys any more: what Ray keeps of an
+        actor lives as long as a handle does.
+        """
+        known = {*self.shards, *self.all_standbys()}
+        for some in (self.dead, self.fenced, self.stale, self.unfilled):
+            for process in list(some):  # another thread may add to it
+                if process not in known:
+                    some.discard(process)
+
     def replace(self, specs: Sequence[ShardSpec], shards: Sequence[ShardProcess]) -> None:
         """Know other shards, without standbys yet, in place of the present ones."""
         self.specs = list(specs)

@@ -116,6 +116,7 @@ class DecisionExecutor:
         alive = cluster.alive()  # of the dead, what was seen last may be of before a rewind
         for index in decision.shards:
             moves = cluster.shards[index] in self._handed_over
+            self._handed_over.discard(cluster.shards[index])
             log.log(
                 logging.INFO if moves else logging.WARNING,
                 "shard %d, round %d: its process %s; its standby takes over",

@@ -52,6 +52,7 @@ class ShardMapPublisher:
             if self.now.version > than or self.now.failed:
                 future.set_result(self.now)
             else:
+                self._waiting = [each for each in self._waiting if not each[1].done()]
                 self._waiting.append((than, future))
         return future
 

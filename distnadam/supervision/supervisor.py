@@ -345,6 +345,7 @@ class Supervisor:
         if self._publisher.now.failed or not (prompted or waiting or now >= self._next_look):
             return
         self._next_look = now + min(_IDLE_S, self._options.shard_timeout_s / 4)
+        cluster.forget_gone()
         for _ in range(_MOST_PASSES):
             seen = self._observer.look()
             decisions = policy.decide(seen, self._rules)

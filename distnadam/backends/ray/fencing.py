@@ -28,12 +28,12 @@ class Fencing:
     Args:
         run: begins the names of the optimizer's processes.
         kill_on: kills processes of another node.
-        ended: the actors whose end was reported.
+        ended: the ids of the actors whose end was reported.
         lease_s: seconds for which a shard's lease is valid.
     """
 
     def __init__(
-        self, run: str, kill_on: registry.KillOn, ended: Container[Any], lease_s: float
+        self, run: str, kill_on: registry.KillOn, ended: Container[str], lease_s: float
     ) -> None:
         self._run = run
         self._kill_on = kill_on
@@ -44,15 +44,15 @@ class Fencing:
 
     def inherit(self, process: ShardProcess) -> None:
         """Know a shard of an earlier supervisor, whose lease may still be valid."""
-        self.leases.admit(_actor_id(process.index, process.handle), inherited=True)
+        self.leases.admit(actor_id(process.handle, process.index), inherited=True)
 
     def admit(self, actor: Any) -> None:
         """Know a new shard's actor."""
-        self.leases.admit(_actor_id(0, actor))
+        self.leases.admit(actor_id(actor))
 
     def fence(self, process: ShardProcess) -> None:
         """Kill a process; if nobody can, wait until its lease is over, after which it is silent."""
-        valid_s = self.leases.refuse(_actor_id(process.index, process.handle))
+        valid_s = self.leases.refuse(actor_id(process.handle, process.index))
         ended = self._kill(process)
         kill_actor(process.handle)
         if ended:
@@ -100,12 +100,12 @@ class Fencing:
                 )
                 registry.forget(self._run, [address])
                 return True
-        return bool(alive.get(address.node)) and process.handle in self._ended
+        return bool(alive.get(address.node)) and actor_id(process.handle) in self._ended
 
     def _belongs(self) -> bool:
         return any(node["NodeID"] == self._node and node["Alive"] for node in ray.nodes())
 
 
-def _actor_id(index: int, actor: Any) -> str:
+def actor_id(actor: Any, index: int = 0) -> str:
     """Return what a shard calls itself when it renews its lease; its index if it is missing."""
     return str(index) if actor is None else str(actor._actor_id.hex())

@@ -17,7 +17,7 @@ from distnadam.backends.ray.calls import (
     retry_until_answered,
 )
 from distnadam.backends.ray.cordon import Cordon
-from distnadam.backends.ray.fencing import Fencing
+from distnadam.backends.ray.fencing import Fencing, actor_id
 from distnadam.backends.ray.placement import Avoid
 from distnadam.backends.ray.processes import kill_actor, process_start_time
 from distnadam.errors import DistNadamError, InsufficientResources, ShardLost
@@ -83,7 +83,7 @@ class RayProcessManager(ProcessManager):
         self._on_death = on_death
         self._own = registry.register(run)
         self._watch = ProcessWatch()
-        self._ended: set[Any] = set()
+        self._ended: set[str] = set()  # by id: a handle would keep what Ray has of the actor
         self._births: dict[str, Any] = {}
         # the node of shards that have no state yet, and what that takes
         self._empty: dict[Any, tuple[str, int]] = {}
@@ -235,7 +235,7 @@ class RayProcessManager(ProcessManager):
     @override
     def watch(self, process: ShardProcess) -> None:
         def ended() -> None:
-            self._ended.add(process.handle)
+            self._ended.add(actor_id(process.handle))
             self._on_death(process)
 
         # Ray takes seconds to notice; a socket on this node says so at once
@@ -292,7 +292,7 @@ class RayProcessManager(ProcessManager):
         answers |= gather_with_retry(
             calls,
             timeout_s,
-            lambda: {index for index in calls if asked[index] in self._ended},
+            lambda: {index for index in calls if actor_id(asked[index]) in self._ended},
         )
         self._forget(targets[i] for i, each in messages.items() if isinstance(each, Load))
         return answers
