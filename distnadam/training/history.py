@@ -1,7 +1,9 @@
 """The record of a run, as data, and the callback that fills it in."""
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, repeat
 from pathlib import Path
 
 from typing_extensions import override
@@ -32,7 +34,7 @@ class History:
         step_seconds: those in which steps ran: without the start, evaluation and saving.
         recoveries: how often a rank, or the whole run, had to be started again, a standby took over
             or all shards went back.
-        phases: where the time of each of these steps went.
+        phase_seconds: the seconds of the `Phases` of each of these steps, one after the other.
         outcome: how the call ended: "finished", "stopped: ..." by a callback, "interrupted",
             "terminated", or "failed: ..."; "running" before.
 
@@ -56,8 +58,15 @@ class History:
     seconds: float = 0.0
     step_seconds: float = 0.0
     recoveries: int = 0
-    phases: list[Phases] = field(default_factory=list)
+    # numbers alone: an object for each step of a long run is one more for the garbage collector
+    phase_seconds: "array[float]" = field(default_factory=lambda: array("d"))
     outcome: str = "running"
+
+    @property
+    def phases(self) -> list[Phases]:
+        """Where the time of each of these steps went."""
+        seconds = iter(self.phase_seconds)
+        return [Phases(*of_step) for of_step in zip(*[seconds] * len(Phases._fields), strict=True)]
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -102,9 +111,9 @@ class Recorder(Callback):
             history.learning_rates,
             history.gradient_norms,
             history.ranks,
-            history.phases,
         ):
             del column[kept:]
+        del history.phase_seconds[kept * len(Phases._fields) :]
         self._history.evaluations[:] = [
             entry for entry in self._history.evaluations if entry[0] <= step
         ]
@@ -117,8 +126,8 @@ class Recorder(Callback):
         history.losses += losses
         history.learning_rates += rates
         history.gradient_norms += norms
-        history.ranks += ranks
-        history.phases += phases
+        history.ranks += repeat(ranks[0], len(ranks)) if ranks.count(ranks[0]) == len(ranks) else ranks
+        history.phase_seconds.extend(chain.from_iterable(phases))
 
     @override
     def on_evaluate(self, step: int, metrics: Mapping[str, float]) -> None:

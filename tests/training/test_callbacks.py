@@ -1,6 +1,7 @@
 """The callbacks of `fit`: every event reaches all of them; the metrics file and the display."""
 
 import csv
+import gc
 import inspect
 import io
 import math
@@ -161,6 +162,21 @@ def test_a_history_forgets_the_steps_that_are_trained_again() -> None:
     recorder.on_begin(2, 9)
     assert (history.steps, history.losses) == ([1, 2], [1.0, 2.0])
     assert history.metrics == {"accuracy": 0.2}
+    assert len(history.phases) == 2
+
+
+def test_a_history_keeps_no_object_for_each_step_that_the_garbage_collector_looks_at() -> None:
+    history = History(Path("run"), Path("run/metrics.csv"))
+    seconds = (0.001, 0.002, 0.003, 0.004, 0.005)
+    recorder = Recorder(history)
+    gc.collect()
+    before = len(gc.get_objects())
+    for begin in range(0, 10_000, 100):
+        steps = range(begin + 1, begin + 101)
+        recorder.on_records([StepRecord(s, 0.5, 0.1, (0, 1), Phases(*seconds)) for s in steps])
+    gc.collect()
+    assert len(gc.get_objects()) - before < 1000
+    assert history.phases == [Phases(*seconds)] * 10_000
 
 
 class Broken(Callback):
