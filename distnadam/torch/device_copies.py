@@ -26,6 +26,10 @@ LEAST_PINNED = 1 << 16
 """Bytes from which memory is registered: less crosses as fast without."""
 SMALL, LARGEST_RUN = 1 << 20, 1 << 24
 """Bytes under which a tensor crosses together with its neighbours, and the most that do so."""
+LEAST_BESIDE = 1 << 23
+"""Bytes of gradients from which they begin to cross during the backward pass: each time costs a
+dozen calls of the driver, as long as some MiB take to cross.
+"""
 _PORTABLE, _READ_ONLY = 1, 8  # cudaHostRegisterPortable, cudaHostRegisterReadOnly
 
 
@@ -181,33 +185,60 @@ class Slots:
         self._memory: dict[tuple[int, ...], list[tuple[slice, torch.Tensor]]] = {}
         self._version = pinned.version
         self._beside: torch.cuda.Stream | None = None
+        self._waiting: dict[int, torch.Tensor] = {}
+        self._streams: set[torch.cuda.Stream] = set()  # that compute those
+        self._num_waiting = 0  # bytes
 
     def _memory_of(self, run: Sequence[int]) -> list[tuple[slice, torch.Tensor]]:
         """Return the memory of arrays that lie one after the other, each piece with its place."""
         if self._version != self._pinned.version:
             self._memory, self._version = {}, self._pinned.version
         if (key := tuple(run)) not in self._memory:
+            if len(self._memory) > 4 * len(self._arrays):  # of ever other gradients
+                self._memory.clear()
             arrays = [self._arrays[index] for index in run if self._arrays[index].size]
             self._memory[key] = _stretches(arrays, self._pinned) if arrays else []
         return self._memory[key]
 
     def begin(self, index: int, gradient: torch.Tensor) -> None:
-        """Have a gradient copied, beside what the current stream does next, once it is computed."""
+        """Have a gradient copied, beside what the current stream does next, once it is computed,
+        and others with it that are `LEAST_BESIDE` together; it must stay as it is until then.
+        """
+        self._waiting[index] = gradient
+        self._streams.add(torch.cuda.current_stream(gradient.device))
+        self._num_waiting += gradient.nbytes
+        if self._num_waiting < LEAST_BESIDE:
+            return
         if self._beside is None:
             self._beside = torch.cuda.Stream(gradient.device)
-        with _beside(self._beside, gradient):
-            self._copy([gradient], [index])
+        for stream in self._streams:
+            self._beside.wait_stream(stream)
+        gradients = self.take_waiting()
+        with torch.cuda.stream(self._beside), torch.no_grad():
+            for run in self._runs_of(gradients):
+                self._copy([gradients[index] for index in run], run)
+        for each in gradients.values():  # who frees it must not have it reused meanwhile
+            each.record_stream(self._beside)
+
+    def take_waiting(self) -> dict[int, torch.Tensor]:
+        """Return the gradients that have not begun to cross, by index, and forget them."""
+        waiting, self._waiting = self._waiting, {}
+        self._streams.clear()
+        self._num_waiting = 0
+        return waiting
+
+    def _runs_of(self, gradients: Iterable[int]) -> Iterator[list[int]]:
+        """Yield those of one run that are next to each other, together."""
+        indices = sorted(gradients)
+        for run in runs_of([self._arrays[index] for index in indices]):
+            yield [indices[number] for number in run]
 
     def fill(self, gradients: dict[int, torch.Tensor]) -> None:
         """Copy gradients by index, in the slots' dtype, and wait until all are there."""
         if self._beside is not None:
             self._beside.synchronize()
-        for run in self._runs:
-            if all(index in gradients for index in run):
-                self._copy([gradients[index] for index in run], run)
-                continue
-            for index in (index for index in run if index in gradients):
-                self._copy([gradients[index]], [index])
+        for run in self._runs if len(gradients) == len(self._arrays) else self._runs_of(gradients):
+            self._copy([gradients[index] for index in run], run)
         for device in {gradient.device for gradient in gradients.values()}:
             torch.cuda.current_stream(device).synchronize()
 

@@ -169,6 +169,7 @@ class Gradients:
     def _gather(self) -> dict[str, Any] | None:
         absent, on_device = [], {}
         is_sent = bool(self._sent)
+        waiting = self._from_device.take_waiting() if self._from_device is not None else {}
         sent = self._take_sent() if is_sent else [None] * len(self._tensors)
         for index, tensor in enumerate(self._tensors):
             gradient = tensor.grad
@@ -191,7 +192,7 @@ class Gradients:
                 self._hook(index)  # it was frozen before
         if on_device or is_sent:
             assert self._from_device is not None
-            self._from_device.fill(on_device)
+            self._from_device.fill(on_device | waiting)
         if not absent:
             return None
         missing = set(absent)
