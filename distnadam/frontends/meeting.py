@@ -6,15 +6,18 @@ Else rank 0 starts a Ray, and leaves for the others of its host how they join it
 only their user can read.
 """
 
+import atexit
 import json
 import os
 import stat
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
+from threading import Thread
 from typing import TypeVar
 
 from distnadam.backends import factory
@@ -28,6 +31,7 @@ from distnadam.errors import (
 )
 from distnadam.frontends.ranks import Place
 from distnadam.optimizer import DistNadam
+from distnadam.threads import start
 from distnadam.waiting import said_if_long
 
 _T = TypeVar("_T")
@@ -94,6 +98,22 @@ def attach(place: Place, name: str, timeout_s: float) -> DistNadam:
         path = _directory() / name
         os.environ.update(_await(lambda: _read(path), name, place, timeout_s))
     return _await(lambda: _running(name), name, place, timeout_s)
+
+
+def close_at_end(place: Place, close: Callable[[], None]) -> None:
+    """Have a rank leave at the end of its process, before Ray shuts itself down there, or of this
+    thread, if its part ends with that.
+    """
+    atexit.register(close)
+    if place.ends_with_thread:
+        whose = threading.current_thread()
+        start(Thread(target=_close_after, args=(whose, close), name="distnadam-end", daemon=True))
+
+
+def _close_after(thread: Thread, close: Callable[[], None]) -> None:
+    thread.join()
+    with suppress(DistNadamError):  # Ray has gone meanwhile
+        close()
 
 
 def others_have_left(optimizer: DistNadam, rank: int) -> bool:

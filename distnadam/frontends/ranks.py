@@ -16,6 +16,8 @@ from distnadam.errors import ConfigError
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9_.-]+")
 _LONGEST_RUN = 48
 """Characters of a run's name, which is a part of an optimizer's."""
+_OF_GROUP = 12
+"""Digits of a placement group's number that tell it from others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,8 @@ class Place:
         run: what all ranks of this start of the script call it, and no other start does; None where
             nothing says so.
         is_one_host: whether all ranks are known to be on this host.
+        ends_with_thread: whether this rank's part ends with the thread that has asked, as a train
+            function of Ray Train, whose process is killed then and runs nothing at its exit.
     """
 
     rank: int = 0
@@ -37,6 +41,7 @@ class Place:
     local_rank: int = 0
     run: str | None = None
     is_one_host: bool = True
+    ends_with_thread: bool = False
 
 
 def find_place(rank: int | None = None, num_workers: int | None = None) -> Place:
@@ -91,14 +96,23 @@ def _from_ray_train() -> Place | None:
         return None
     if not size:
         return None
-    port = os.environ.get("MASTER_PORT", "")  # new at each start of the workers, where it is set
     return Place(
         rank=rank,
         num_workers=size,
         local_rank=local_rank,
-        run=_as_name("train", name, port),
+        run=_as_name("train", name, os.environ.get("MASTER_PORT", ""), _placement_group()),
         is_one_host=on_host == size,
+        ends_with_thread=True,
     )
+
+
+def _placement_group() -> str:
+    """Return what is new at each start of Ray Train's workers, where only some set a port."""
+    try:
+        group = sys.modules["ray"].util.get_current_placement_group()
+        return "" if group is None else group.id.hex()[:_OF_GROUP]
+    except Exception:  # a Ray that is not connected says so in several ways
+        return ""
 
 
 def _from_environment() -> Place | None:

@@ -173,7 +173,7 @@ class Replica:
         self._joined = optimizer, worker
         if self._name is not None:
             self._process = os.getpid()
-            atexit.register(self.close)  # before Ray shuts itself down, which it does later
+            meeting.close_at_end(self._place, self.close)
             if self.rank == 0:
                 meeting.announce(self._place, self._name)
         self._slots = None

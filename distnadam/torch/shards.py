@@ -130,7 +130,7 @@ class Shards:
         self._optimizer = optimizer.build(dict(params))
         self._own = settings.own
         self._worker = optimizer.worker(0)
-        atexit.register(self.close)  # before Ray shuts itself down, which it does later
+        meeting.close_at_end(self.place, self.close)
         if self.several and self._name is not None:
             meeting.announce(self.place, self._name)
 
@@ -174,7 +174,7 @@ class Shards:
         same = all(config.get(key) == value for key, value in settings.plain_config().items())
         self._own = settings.own if same else None
         self._worker = found.worker(self.place.rank)
-        atexit.register(self.close)  # before Ray shuts itself down, which it does later
+        meeting.close_at_end(self.place, self.close)
 
     def gradients(self, dtype: str | None) -> dict[str, Any]:
         """Return the views that gradients are written into, by name."""

@@ -1,7 +1,9 @@
 """Ranks of a host find the Ray of rank 0 by a file that only their user can read."""
 
+import atexit
 import stat
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -65,3 +67,20 @@ def test_ranks_of_several_hosts_need_the_address_of_a_ray() -> None:
     apart = Place(rank=1, num_workers=2, run="run-1", is_one_host=False)
     with pytest.raises(ClusterError, match="set RAY_ADDRESS to its address for all ranks"):
         meeting.attach(apart, "run-1-0", 0.2)
+
+
+def test_a_rank_whose_part_is_a_thread_leaves_when_that_ends() -> None:
+    begun, may_end, left = threading.Event(), threading.Event(), threading.Event()
+
+    def train() -> None:
+        meeting.close_at_end(Place(ends_with_thread=True), left.set)
+        begun.set()
+        may_end.wait(60)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    assert begun.wait(60) and not left.is_set()
+    may_end.set()
+    assert left.wait(60)
+    thread.join()
+    atexit.unregister(left.set)

@@ -81,8 +81,16 @@ def test_ray_train_comes_before_the_environment_where_a_train_function_runs(
     torchrun: pytest.MonkeyPatch,
 ) -> None:
     torchrun.setitem(sys.modules, "ray.train", train(2))
+    torchrun.setitem(sys.modules, "ray", None)
     place = find_place()
     assert (place.rank, place.num_workers, place.run) == (1, 2, "train-my-run-29500")
+    assert place.ends_with_thread and not find_place(1, 2).ends_with_thread
+    torchrun.delenv("MASTER_PORT")  # as trainers of other frameworks leave it
+    group = SimpleNamespace(id=SimpleNamespace(hex=lambda: "5e" * 18))
+    util = SimpleNamespace(get_current_placement_group=lambda: group)
+    torchrun.setitem(sys.modules, "ray", SimpleNamespace(util=util))
+    assert find_place().run == "train-my-run-5e5e5e5e5e5e"
+    assert check_name(f"{find_place().run}-0")
     torchrun.setitem(sys.modules, "ray.train", train(None))
     assert find_place().rank == 3
 
