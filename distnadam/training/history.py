@@ -126,7 +126,8 @@ class Recorder(Callback):
         history.losses += losses
         history.learning_rates += rates
         history.gradient_norms += norms
-        history.ranks += repeat(ranks[0], len(ranks)) if ranks.count(ranks[0]) == len(ranks) else ranks
+        are_same = ranks.count(ranks[0]) == len(ranks)
+        history.ranks += repeat(ranks[0], len(ranks)) if are_same else ranks
         history.phase_seconds.extend(chain.from_iterable(phases))
 
     @override
