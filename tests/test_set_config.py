@@ -2,7 +2,10 @@
 whatever carries them on, and what cannot change is refused.
 """
 
+import os
+import signal
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 
 from distnadam import DistAdam, DistNadam, Group, Options
 from distnadam.checkpoint import store
+from distnadam.client.shard_group import ShardGroup
 from distnadam.errors import ConfigError, NotOpen
 from distnadam.nadam.step_scalars import Clock
 from distnadam.schedules import Constant
@@ -288,3 +292,29 @@ def test_every_handle_and_worker_follows_a_change_on_every_backend(backend: str)
             assert optimizer.get_config()["weight_decay"] == 0.1
             found.append(as_bytes(held(optimizer)))
     assert found[0] == found[1]
+
+
+def all_followed(shards: ShardGroup) -> bool:
+    return all(each.replicated is not None for each in shards.describe_all())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_shard_that_is_killed_right_after_a_change_loses_nothing_of_it() -> None:
+    """Nothing was saved, so that to go back would lose the change: the standby has followed it."""
+    with DistNadam(num_workers=2, backend="local").build(params()) as alone:
+        run(alone, 0, 2)
+        alone.set_config(beta_1=0.5, global_clipnorm=0.5)
+        run(alone, 2, 4)
+        expected = as_bytes(held(alone))
+    two = DistNadam(num_shards=2, num_workers=2, replicas=1, backend="ray").build(params())
+    with two as optimizer:
+        shards = optimizer.shards
+        run(optimizer, 0, 2)
+        eventually(partial(all_followed, shards))
+        optimizer.set_config(beta_1=0.5, global_clipnorm=0.5)
+        os.kill(shards.backend.addresses[1].pid, signal.SIGKILL)
+        run(optimizer, 2, 4)
+        assert as_bytes(held(optimizer)) == expected
+        recoveries = shards.backend.supervisor.status().recoveries
+        assert (recoveries["promoted"], recoveries["rewound"]) == (1, 0)
