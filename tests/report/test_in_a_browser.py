@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def test_it_reads_well_at_this_width_in_this_scheme(
     def overlapping(axis: str, side: str, end: str) -> bool:
         places = sorted((each[side], each[end]) for each in labels(axis))
         assert len(places) >= 3
-        return any(a[1] > b[0] for a, b in zip(places, places[1:], strict=False))
+        return any(a[1] > b[0] for a, b in pairwise(places))
 
     assert curves() == 5, "two runs, each raw and smoothed, and a recovery"
     assert not overlapping("y", "top", "bottom")
