@@ -74,6 +74,7 @@ class DistNadam(HeldState, set_once={"saves", "restored_data"}):
 
     Raises:
         ConfigError: (a ValueError) naming the argument and its value.
+        LifecycleError: in methods and properties that need shards: there are none yet, or no more.
 
     >>> with DistNadam(lr=0.1, backend="local").build({"w": np.ones(2, np.float32)}) as optimizer:
     ...     optimizer.apply_gradients({"w": np.float32([1, -1])})
@@ -182,7 +183,11 @@ class DistNadam(HeldState, set_once={"saves", "restored_data"}):
 
     @property
     def lr(self) -> Rate:
-        """The learning rate, a float or a schedule; set, it holds from the next step on."""
+        """The learning rate, a float or a schedule; set, it holds from the next step on.
+
+        Raises:
+            ConfigError, LifecycleError, StepTimeout: when it is set, as `set_config`.
+        """
         return kept(self._life.config.lr)
 
     @lr.setter
@@ -215,7 +220,11 @@ class DistNadam(HeldState, set_once={"saves", "restored_data"}):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "DistNadam":
-        """Return an optimizer, not yet built, made from what `get_config` returned."""
+        """Return an optimizer, not yet built, made from what `get_config` returned.
+
+        Raises:
+            ConfigError, TypeError: as the constructor.
+        """
         return cls(**config)
 
     def get_gradients(self, loss: Any, params: Any) -> list[Array]:
@@ -269,7 +278,9 @@ class DistNadam(HeldState, set_once={"saves", "restored_data"}):
         return decided.iterations
 
     def worker(self, rank: int) -> Worker:
-        """Return a new worker for a rank; one that had it before is refused from then on."""
+        """Return a new worker for a rank; one that had it before is refused from then on. Raise
+        ConfigError for a rank that is not one of 0 to `num_workers` - 1.
+        """
         self._life.check_rank(rank)
         return Worker(self.shards, rank)
 

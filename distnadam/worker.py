@@ -41,6 +41,9 @@ class Worker(SeenRounds, set_once={"rank", "session"}):
     an array without a copy: ``torch.from_numpy(w.view(np.int16)).view(torch.bfloat16)``, or
     ``jax.device_put(w)``. Gradients may have any dtype that they may have without it.
 
+    Raises:
+        LifecycleError: in every method but `close`: the worker was closed, or the optimizer was.
+
     >>> with DistNadam(backend="local").build({"w": np.ones(2, np.float32)}) as optimizer:
     ...     worker = optimizer.worker(0)
     ...     ones = np.ones_like(worker.pull()["w"])
@@ -291,6 +294,9 @@ class Worker(SeenRounds, set_once={"rank", "session"}):
         Like what `step` returns, they are views if the worker shares memory with the shards. They
         do not change until the next round but one is applied, so a round's own gradient can still
         be computed from them after it was pushed.
+
+        Raises:
+            Rewound, StepTimeout, WorkerLost, Unrecoverable: of a first call, as `pull`.
         """
         session, is_known = self.session, self.session.in_sync and self.session.is_readable
         if not (is_known and (session.channel.parameters is not None or self._view.has_own)):

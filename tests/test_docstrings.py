@@ -7,6 +7,7 @@ that an example cannot stage, and the tests beside the code raise each.
 import doctest
 import inspect
 import os
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,16 @@ def test_public_methods_have_docstrings(module: str, name: str) -> None:
     if inspect.isclass(thing):
         methods = public_methods(thing)
         assert [method for method, each in methods.items() if not inspect.getdoc(each)] == []
+
+
+@pytest.mark.parametrize("cls", [DistNadam, Worker])
+def test_methods_that_take_something_say_what_they_raise(cls: type) -> None:
+    silent = set()
+    for name, each in public_methods(cls).items():
+        given = inspect.isroutine(each) and set(inspect.signature(each).parameters) - {"self"}
+        if given and not re.search(r"Raises:|\b[Rr]aise", inspect.getdoc(each) or ""):
+            silent.add(name)
+    assert silent - INTERNAL - {"team"} == set()
 
 
 def test_errors_say_what_raises_them() -> None:
