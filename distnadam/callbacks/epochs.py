@@ -20,7 +20,8 @@ class EpochCallback(Callback):
 
     `epoch` counts from 0, and goes on where a resumed run does; `batch` is the step's number from
     0. The learning rate may be set in all but the two of a batch, which come in bursts, after
-    their steps. In place of `self.model.stop_training = True`, call `self.run.stop(reason)`.
+    their steps. In place of `self.model.stop_training = True`, call `self.run.stop(reason)`; in
+    place of `self.model.optimizer.learning_rate`, set `self.run.optimizer.lr`.
 
     >>> class Print(EpochCallback):
     ...     def on_epoch_end(self, epoch, logs=None):
@@ -47,10 +48,30 @@ class EpochCallback(Callback):
         """The task has evaluated the parameters."""
 
     def on_train_batch_begin(self, batch: int, logs: Logs | None = None) -> None:
-        """Comes just before `on_train_batch_end`."""
+        """Comes just before `on_train_batch_end`; calls `on_batch_begin`."""
+        self.on_batch_begin(batch, logs)
 
     def on_train_batch_end(self, batch: int, logs: Logs | None = None) -> None:
-        """A step is done; `logs` are its loss and learning rate."""
+        """A step is done; `logs` are its loss and learning rate. Calls `on_batch_end`."""
+        self.on_batch_end(batch, logs)
+
+    def on_batch_begin(self, batch: int, logs: Logs | None = None) -> None:
+        """As `on_train_batch_begin`, which calls it unless it is overridden."""
+
+    def on_batch_end(self, batch: int, logs: Logs | None = None) -> None:
+        """As `on_train_batch_end`, which calls it unless it is overridden."""
+
+    @property
+    def model(self) -> Any:
+        """What a Keras callback would ask, and there is not.
+
+        Raises:
+            AttributeError: always, with what there is.
+        """
+        raise AttributeError(
+            f"{type(self).__name__}: there is no model: self.run.stop(reason) ends the run, "
+            "self.run.optimizer has lr, get_params and set_params, and self.run.save(path) saves"
+        )
 
     @override
     def state(self) -> dict[str, Any]:
@@ -95,6 +116,7 @@ class EpochCallback(Callback):
 
     @override
     def on_end(self) -> None:
+        self._began = False  # it may be given to another run
         self.on_train_end(dict(self._logs))
 
     def _begin_epoch(self, step: int) -> None:

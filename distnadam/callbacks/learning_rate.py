@@ -47,7 +47,7 @@ class LearningRateScheduler(EpochCallback):
         if float(rate) != before:
             self.run.optimizer.lr = float(rate)
             if self._verbose:
-                log.warning("epoch %d: LearningRateScheduler sets lr to %g", epoch, rate)
+                log.warning("Epoch %d: LearningRateScheduler sets lr to %g", epoch + 1, rate)
 
 
 class ReduceLROnPlateau(EpochCallback):
@@ -85,31 +85,36 @@ class ReduceLROnPlateau(EpochCallback):
         self._verbose = verbose
         self._cooldown = cooldown
         self._min_lr = min_lr
-        self._waited = 0
+        self.wait = 0
         self._cools = 0
+
+    @property
+    def best(self) -> float:
+        """The best value so far; an infinite one before the first."""
+        return self._monitor.best
 
     @override
     def state(self) -> dict[str, Any]:
-        own = {"best": self._monitor.best, "waited": self._waited, "cools": self._cools}
+        own = {"best": self.best, "waited": self.wait, "cools": self._cools}
         return super().state() | own
 
     @override
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
         self._monitor.best = float(state["best"])
-        self._waited, self._cools = int(state["waited"]), int(state["cools"])
+        self.wait, self._cools = int(state["waited"]), int(state["cools"])
 
     @override
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         value = self._monitor.value_in(logs or {})
         if self._cools > 0:
             self._cools -= 1
-            self._waited = 0
+            self.wait = 0
         if self._monitor.improves(value):
-            self._waited = 0
+            self.wait = 0
         elif self._cools == 0:
-            self._waited += 1
-            if self._waited >= self._patience:
+            self.wait += 1
+            if self.wait >= self._patience:
                 self._reduce(epoch)
 
     def _reduce(self, epoch: int) -> None:
@@ -118,9 +123,9 @@ class ReduceLROnPlateau(EpochCallback):
             return
         rate = max(before * self._factor, self._min_lr)
         self.run.optimizer.lr = rate
-        self._cools, self._waited = self._cooldown, 0
+        self._cools, self.wait = self._cooldown, 0
         if self._verbose:
-            log.warning("epoch %d: ReduceLROnPlateau reduces lr to %g", epoch, rate)
+            log.warning("Epoch %d: ReduceLROnPlateau reduces lr to %g", epoch + 1, rate)
 
 
 def _rate_of(callback: EpochCallback) -> float:

@@ -13,16 +13,20 @@ class MlflowCallback(EpochCallback):
     """Logs a run's configuration and metrics to MLflow: to the active run, or to one of its own.
 
     Args:
-        run: an MLflow run to log to; None means the active one, or a new one that ends with the
-            training.
         log_every_epoch: whether to log at the end of each epoch.
         log_every_n_steps: logs loss and learning rate every so many steps, in place of epochs.
+        run: an MLflow run to log to; None means the active one, or a new one that ends with the
+            training.
 
     >>> callback = MlflowCallback(log_every_epoch=True)
     """
 
     def __init__(
-        self, run: Any = None, log_every_epoch: bool = True, log_every_n_steps: int | None = None
+        self,
+        log_every_epoch: bool = True,
+        log_every_n_steps: int | None = None,
+        *,
+        run: Any = None,
     ) -> None:
         self._given = run
         self._every_epoch = log_every_epoch and log_every_n_steps is None

@@ -51,13 +51,16 @@ class EarlyStopping(EpochCallback):
         mode: "min", "max" or "auto".
         baseline: what must be surpassed for an epoch to count as an improvement.
         restore_best_weights: whether the parameters of the best epoch are set when it stops the
-            run; its last checkpoint has them, with the slots of its last step. Each best epoch is
-            saved in ``best_epoch`` in the run's directory, for a run that resumes.
+            run, or the run ends with its last epoch; its last checkpoint has them, with the slots
+            of its last step. Each best epoch is saved in ``best_epoch`` in the run's directory,
+            for a run that resumes.
         start_from_epoch: epochs before this one are not looked at.
 
     Attributes:
         stopped_epoch: the epoch that it stopped at; 0 if it has not.
         best_epoch: that of the best value.
+        best: the best value; an infinite one before the first.
+        wait: epochs since the last improvement.
 
     >>> callback = EarlyStopping(monitor="val_accuracy", patience=5, restore_best_weights=True)
     """
@@ -79,21 +82,26 @@ class EarlyStopping(EpochCallback):
         self._baseline = baseline
         self._restores = restore_best_weights
         self._first = start_from_epoch
-        self._waited = 0
+        self.wait = 0
         self._best: Any = None
         self.stopped_epoch = 0
         self.best_epoch = 0
 
     @override
     def state(self) -> dict[str, Any]:
-        own = {"best": self._monitor.best, "waited": self._waited, "best_epoch": self.best_epoch}
-        return super().state() | own
+        return super().state() | {
+            "best": self.best,
+            "waited": self.wait,
+            "best_epoch": self.best_epoch,
+            "stopped_epoch": self.stopped_epoch,
+        }
 
     @override
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
         self._monitor.best = float(state["best"])
-        self._waited, self.best_epoch = int(state["waited"]), int(state["best_epoch"])
+        self.wait, self.best_epoch = int(state["waited"]), int(state["best_epoch"])
+        self.stopped_epoch = int(state["stopped_epoch"])
         self._best = None  # at the first need, from what `_keep` has saved
 
     @override
@@ -103,14 +111,21 @@ class EarlyStopping(EpochCallback):
         value = self._monitor.value_in(logs or {})
         if self._restores and self._best is None and not self._find(epoch):
             self._keep(epoch)  # the first, should none be better than a NaN
-        self._waited += 1
+        self.wait += 1
         if self._monitor.improves(value):
             self._keep(epoch)
             if self._baseline is None or self._monitor.is_better(value, self._baseline):
-                self._waited = 0
+                self.wait = 0
             return
-        if self._waited >= self._patience and epoch > 0:
+        if self.wait >= self._patience and epoch > 0:
             self._stop(epoch)
+        elif self._restores and self.run.step >= self.run.steps:
+            self.run.optimizer.set_params(self._best)
+
+    @property
+    def best(self) -> float:
+        """The best value so far; an infinite one before the first."""
+        return self._monitor.best
 
     def _keep(self, epoch: int) -> None:
         self.best_epoch = epoch
@@ -146,9 +161,9 @@ class EarlyStopping(EpochCallback):
             self.run.optimizer.set_params(self._best)
         if self._verbose:
             log.warning(
-                "epoch %d: EarlyStopping; the best was epoch %d, with %s %g",
-                epoch,
-                self.best_epoch,
+                "Epoch %d: EarlyStopping; the best was epoch %d, with %s %g",
+                epoch + 1,
+                self.best_epoch + 1,
                 name,
                 self._monitor.best,
             )
@@ -161,8 +176,9 @@ class ModelCheckpoint(EpochCallback):
     ``DistNadam.restore(filepath)`` gives it back, on any number of shards.
 
     Args:
-        filepath: the directory or URL, in which ``{epoch}`` and an epoch's logs may be named, as
-            in ``"best/{epoch:03d}-{val_accuracy:.2f}"``. It gets a ``step_...`` in it.
+        filepath: the directory or URL, in which ``{epoch}``, from 1 as in Keras, and an epoch's
+            logs may be named, as in ``"best/{epoch:03d}-{val_accuracy:.2f}"``. It gets a
+            ``step_...`` in it.
         monitor: a name in an epoch's logs.
         verbose: 1 logs each save.
         save_best_only: whether only an epoch that is better than all before it is saved; in one
@@ -203,9 +219,14 @@ class ModelCheckpoint(EpochCallback):
         if initial_value_threshold is not None:
             self._monitor.best = initial_value_threshold
 
+    @property
+    def best(self) -> float:
+        """The best value so far; an infinite one, or the threshold, before the first."""
+        return self._monitor.best
+
     @override
     def state(self) -> dict[str, Any]:
-        return super().state() | {"best": self._monitor.best}
+        return super().state() | {"best": self.best}
 
     @override
     def load_state(self, state: dict[str, Any]) -> None:
@@ -218,7 +239,7 @@ class ModelCheckpoint(EpochCallback):
         if self._best_only and not self._monitor.improves(self._monitor.value_in(logs)):
             return
         try:
-            path = self._path.format(epoch=epoch, **logs)
+            path = self._path.format(epoch=epoch + 1, **logs)
         except (KeyError, IndexError, ValueError) as error:
             raise ConfigError(
                 f"ModelCheckpoint: filepath={self._path!r} names {error}; an epoch has epoch, "
@@ -228,4 +249,4 @@ class ModelCheckpoint(EpochCallback):
         if self._best_only:
             store.prune(path, 1, saved)
         if self._verbose:
-            log.warning("epoch %d: ModelCheckpoint saved %s", epoch, saved)
+            log.warning("Epoch %d: ModelCheckpoint saved %s", epoch + 1, saved)

@@ -118,7 +118,10 @@ class CallbackList(Callback):
                 callback.run = run
         self._named = dict(_named(callbacks))
         self._names = {id(callback): name for name, callback in self._named.items()}
-        self._initial = deepcopy(self._states())
+        self._initial = {}
+        for name, state in self._states().items():  # before its first run, which it may have had
+            first = vars(self._named[name]).setdefault("_state_at_first", deepcopy(state))
+            self._initial[name] = first
         self.failure: TrainingError | None = None
         self.interrupted = False
 

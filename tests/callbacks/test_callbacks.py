@@ -106,6 +106,32 @@ def test_an_epoch_lies_between_two_evaluations_and_goes_on_in_a_resumed_run(tmp_
     ]
 
 
+def test_callbacks_that_were_given_to_a_run_begin_anew_in_another(tmp_path: Path) -> None:
+    rows = tmp_path / "epochs.csv"
+    used = [Seen(), EarlyStopping(patience=3), CSVLogger(rows), ReduceLROnPlateau()]
+    for name in ("first", "second"):
+        used[0].events.clear()  # type: ignore[attr-defined]
+        history = run(tmp_path / name, [1.0, 2.0, 2.0], *used)
+        assert history.outcome == "finished"
+        assert used[0].events[0] == ("train_begin",)  # type: ignore[attr-defined]
+        assert (used[1].best_epoch, used[1].wait) == (0, 2)  # type: ignore[attr-defined]
+        assert len(rows.read_text().splitlines()) == 4
+
+
+def test_the_names_of_long_ago_are_called_too(tmp_path: Path) -> None:
+    class Old(EpochCallback):
+        seen: list[tuple[str, int]] = []  # noqa: RUF012
+
+        def on_batch_begin(self, batch: int, logs: Any = None) -> None:
+            self.seen.append(("begin", batch))
+
+        def on_batch_end(self, batch: int, logs: Any = None) -> None:
+            self.seen.append(("end", batch))
+
+    train(tmp_path, 2, callbacks=[Old()])
+    assert Old.seen == [("begin", 0), ("end", 0), ("begin", 1), ("end", 1)]
+
+
 def test_early_stopping_restores_the_parameters_of_the_best_epoch(tmp_path: Path) -> None:
     kept: dict[int, Any] = {}
     keep = LambdaCallback(
@@ -263,11 +289,11 @@ def test_the_best_model_is_saved_in_a_directory_of_its_own(tmp_path: Path) -> No
     )
     assert [path.name for path in best.iterdir()] == ["step_00000008"]
     assert sorted(path.name for path in each.iterdir()) == [
-        "00-3.0",
-        "01-1.0",
-        "02-2.0",
-        "03-0.5",
-        "04-0.6",
+        "01-3.0",
+        "02-1.0",
+        "03-2.0",
+        "04-0.5",
+        "05-0.6",
     ]
     assert [Path(p).name for p in history.checkpoints] == [f"step_{n:08d}" for n in range(1, 11)]
     with DistNadam.restore(best, backend="local") as optimizer:
