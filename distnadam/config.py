@@ -48,6 +48,7 @@ class Options:
         shard_resources: further Ray resources that each shard's actor requests, by name.
         worker_cpus: CPUs that each of `fit`'s worker actors requests of Ray. As many threads, at
             least 1, compute in NumPy and torch, in local mode too.
+        worker_gpus: GPUs that each requests, and then sees alone; with 0.5, two share one.
         label_selector: Ray node labels required of the nodes of shards, standbys and supervisor.
         worker_label_selector: Ray node labels required of the nodes of `fit`'s workers.
         spread: spread shards over the nodes as evenly as their resources allow; False fills one
@@ -92,6 +93,7 @@ class Options:
     shard_memory_bytes: int = 0
     shard_resources: Mapping[str, float] = field(default_factory=dict)
     worker_cpus: float = 0.0
+    worker_gpus: float = 0.0
     label_selector: Mapping[str, str] = field(default_factory=dict)
     worker_label_selector: Mapping[str, str] = field(default_factory=dict)
     spread: bool = True
@@ -146,6 +148,7 @@ class Options:
         for name in (
             "shard_cpus",
             "worker_cpus",
+            "worker_gpus",
             "step_timeout_s",
             "start_timeout_s",
             "rejoin_timeout_s",
@@ -153,6 +156,8 @@ class Options:
         ):
             if getattr(self, name) is not None:
                 set_number(self, name)
+        if self.worker_gpus > 1 and self.worker_gpus % 1:
+            raise ConfigError(f"worker_gpus above 1 must be whole, got {self.worker_gpus!r}")
 
     @override
     def __repr__(self) -> str:

@@ -112,6 +112,7 @@ def ray_cluster() -> Iterator[None]:
         ray.init(
             address="local",
             num_cpus=4,
+            num_gpus=2,  # that Ray counts and gives out as any others
             include_dashboard=False,
             object_store_memory=400 * 2**20,
             log_to_driver=False,

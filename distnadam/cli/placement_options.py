@@ -30,6 +30,12 @@ PLACEMENT = [
         help="CPUs that each worker requests of Ray.  [default: 0]",
     ),
     click.option(
+        "--worker-gpus",
+        default=0.0,
+        type=click.FloatRange(0),
+        help="GPUs that each worker requests of Ray; 0.5 shares one.  [default: 0]",
+    ),
+    click.option(
         "--shard-label",
         multiple=True,
         callback=_labels,

@@ -59,7 +59,7 @@ _SECTIONS = {
     "Optimizer, by default that of the run that is resumed": OPTIMIZER_OPTIONS,
     "Checkpoints": ("checkpoint_dir", "save_every", "keep", "resume"),
     "Placement": (
-        *("shard_cpus", "worker_cpus", "shard_label", "worker_label"),
+        *("shard_cpus", "worker_cpus", "worker_gpus", "shard_label", "worker_label"),
         *("start_timeout", "port_range"),
     ),
 }
@@ -215,6 +215,7 @@ def train(context: click.Context, /, task: str, **options: Any) -> None:
             options=Options(
                 shard_cpus=options["shard_cpus"],
                 worker_cpus=options["worker_cpus"],
+                worker_gpus=options["worker_gpus"],
                 label_selector=options["shard_label"],
                 worker_label_selector=options["worker_label"],
                 start_timeout_s=options["start_timeout"],

@@ -28,6 +28,7 @@ from distnadam.copies import copied
 from distnadam.errors import CheckpointError, ClusterError, DistNadamError
 from distnadam.optimizer import DistNadam
 from distnadam.places import place
+from distnadam.planning.requests import asked_by_workers
 from distnadam.tensors.layout import Layout
 from distnadam.training.checkpoint_manager import Plan
 from distnadam.training.rank_loop import make_rank_loop, samples_in
@@ -230,13 +231,10 @@ def _await_workers(group: WorkerGroup, size: int, options: Options) -> None:
             if isinstance(result, Exception):
                 raise result
     if waited_for:
-        asked = f"CPU {options.worker_cpus:g}"
-        if options.worker_label_selector:
-            asked += f" and the labels {dict(options.worker_label_selector)}"
         raise ClusterError(
             f"workers {in_words(sorted(waited_for))} have not begun in {patience_s:g} s: each asks "
-            f"Ray for {asked}; ask for less, have fewer workers, or add nodes (`ray status` says "
-            "what is free)"
+            f"Ray for {asked_by_workers(options)}; ask for less, have fewer workers, or add nodes "
+            "(`ray status` says what is free)"
         )
 
 

@@ -1,5 +1,6 @@
 """A task that trains a torch module: its parameters in, its gradients out, as NumPy arrays."""
 
+import sys
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -28,6 +29,8 @@ class TorchTask(ABC):
     (dropout) should come from the batch, or a repeated step has other gradients.
 
     Attributes:
+        device: where the module and the tensors of its batches go. None is the GPU of a worker that
+            has one (`Options(worker_gpus=1)`), and the CPU elsewhere.
         module: the module, once `init` was called; its parameters are the last that were given.
         seed: what `init` was given.
 
@@ -48,6 +51,7 @@ class TorchTask(ABC):
     1.0
     """
 
+    device: str | None = None
     module: Any
     seed: int
 
@@ -65,7 +69,10 @@ class TorchTask(ABC):
 
     @abstractmethod
     def metrics_of(self, module: Any) -> dict[str, float]:
-        """Return what an evaluation reports, by name; gradients are off, and `eval` is on."""
+        """Return what an evaluation reports, by name; gradients are off, and `eval` is on.
+
+        What the module is fed goes to its device first, as batches have.
+        """
 
     def init(self, seed: int) -> dict[str, Array]:
         """Make the module, and return its parameters by torch's names."""
@@ -74,16 +81,17 @@ class TorchTask(ABC):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.module = self.make_module()
-        return {name: np.array(_array_of(p)) for name, p in self._parameters()}
+        return {name: _array_of(p).copy() for name, p in self._parameters()}
 
     def loss_and_gradients(self, params: Any, batch: Any) -> tuple[float, dict[str, Array]]:
         """Return the loss of a batch and its gradients by name; zeros where the loss has none."""
         self._set(params)
         self.module.zero_grad(set_to_none=True)
-        loss = self.loss_of(self.module, batch)
+        torch = self._torch()
+        loss = self.loss_of(self.module, _moved(batch, self._device(torch), torch.Tensor))
         loss.backward()
         return loss.item(), {
-            name: np.zeros(p.shape, _array_of(p).dtype) if p.grad is None else p.grad.numpy()
+            name: _array_of(torch.zeros_like(p) if p.grad is None else p.grad)
             for name, p in self._parameters()
         }
 
@@ -101,15 +109,39 @@ class TorchTask(ABC):
     def _torch(self) -> Any:
         return import_torch(getattr(self, "name", type(self).__name__))
 
+    def _device(self, torch: Any) -> str:
+        if self.device is not None:
+            return self.device
+        ray = sys.modules.get("ray")
+        given = ray is not None and ray.is_initialized() and ray.get_gpu_ids()
+        return "cuda" if given and torch.cuda.is_available() else "cpu"
+
     def _set(self, params: Any) -> None:
+        torch = self._torch()
+        self.module.to(self._device(torch))  # here, so that a task is sent to others without one
         for name, parameter in self._parameters():
-            np.copyto(_array_of(parameter), params[name])
+            if parameter.device.type == "cpu":
+                np.copyto(_array_of(parameter), params[name])
+            else:
+                parameter.detach().copy_(torch.tensor(params[name]))
 
     def _parameters(self) -> list[tuple[str, Any]]:
         named = self.module.named_parameters()
         return [(name, parameter) for name, parameter in named if parameter.requires_grad]
 
 
-def _array_of(parameter: Any) -> Array:
-    array: Array = parameter.detach().numpy()
+def _array_of(tensor: Any) -> Array:
+    """Return a tensor's elements: its own memory where it is on the CPU."""
+    array: Array = tensor.detach().cpu().numpy()
     return array
+
+
+def _moved(batch: Any, device: str, tensor: type) -> Any:
+    """Return a batch with its tensors, in tuples, lists and dicts too, on a device."""
+    if isinstance(batch, tensor):
+        return batch.to(device)  # type: ignore[attr-defined]
+    if isinstance(batch, dict):
+        return {key: _moved(value, device, tensor) for key, value in batch.items()}
+    if type(batch) in (tuple, list):
+        return type(batch)(_moved(value, device, tensor) for value in batch)
+    return batch

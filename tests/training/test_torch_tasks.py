@@ -94,3 +94,25 @@ def test_the_text_of_our_own_is_the_same_each_time() -> None:
     text = text_of_grammar()
     assert text == text_of_grammar() and 200_000 < len(text) < 300_000
     assert text.startswith(text_of_grammar(10)[:-1])
+
+
+class OnAGpu(DigitsTorch):
+    """Where no Ray says so."""
+
+    device = "cuda"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this process sees no GPU")
+def test_a_task_for_a_gpu_computes_there_what_it_computes_on_the_cpu() -> None:
+    there, here = OnAGpu(batch_size=4), DigitsTorch(batch_size=4)
+    params = here.init(3)
+    there.init(3)
+    batch = here.batch(0, 0, 1)
+    (loss, found), (expected, gradients) = (
+        task.loss_and_gradients(params, batch) for task in (there, here)
+    )
+    assert next(there.module.parameters()).device.type == "cuda"
+    assert loss == pytest.approx(expected, rel=1e-4)
+    for name, gradient in gradients.items():
+        np.testing.assert_allclose(found[name], gradient, rtol=1e-3, atol=1e-5)
+    assert there.evaluate(params).keys() == here.evaluate(params).keys()

@@ -15,13 +15,14 @@ from distnadam.backends.ray import registry
 from distnadam.backends.ray.address import ProcessAddress
 from distnadam.backends.ray.nodes import NAMESPACE
 from distnadam.backends.ray.output import PREFIX, PROBE, RELAY, SHARD, SUPERVISOR, WORKER
-from distnadam.backends.ray.placement import Avoid, Placement, placement_options, shard_ask
+from distnadam.backends.ray.placement import Avoid, Placement, placement_options
 from distnadam.backends.ray.process_manager import ActorFactory
 from distnadam.backends.ray.processes import end_processes, process_start_time
 from distnadam.backends.ray.relay_actor import RelayActor
 from distnadam.backends.ray.shard_actor import ShardActor
 from distnadam.backends.ray.supervisor_actor import SupervisorActor
 from distnadam.config import Options
+from distnadam.planning.requests import shard_ask, worker_ask
 from distnadam.protocol.messages import ShardSpec
 
 
@@ -151,7 +152,7 @@ def make_member(
     """
     wanted = Placement(
         index=0,
-        ask={"CPU": options.worker_cpus},
+        ask=worker_ask(options),
         selector=options.worker_label_selector,
         first=place,
         avoid=avoid,
@@ -159,7 +160,12 @@ def make_member(
     asked = placement_options(wanted, ray.nodes())
     return (
         _titled(RankActor, WORKER, rank)
-        .options(**asked, num_cpus=options.worker_cpus, max_restarts=0)
+        .options(
+            **asked,
+            num_cpus=options.worker_cpus,
+            num_gpus=options.worker_gpus or None,
+            max_restarts=0,
+        )
         .remote(make, rank)
     )
 

@@ -30,7 +30,12 @@ from distnadam.backends.ray.nodes import (
     node_facts,
     nodes_in_words,
 )
-from distnadam.backends.ray.placement import check_fits, nodes_beside
+from distnadam.backends.ray.placement import (
+    await_room,
+    nodes_beside,
+    shards_need,
+    workers_need,
+)
 from distnadam.backends.ray.session import OwnedRay, connect_or_start
 from distnadam.backends.ray.shard_transport import RayShardTransport
 from distnadam.backends.ray.supervisor_client import RaySupervisorClient
@@ -152,7 +157,8 @@ class RayBackend(Backend):
         try:
             with while_ray_lives():
                 Exporter.check(options)
-                check_fits(options, len(specs) * (1 + replicas), chosen)
+                need = shards_need(options, len(specs) * (1 + replicas))
+                await_room(need, options.start_timeout_s, chosen)
                 self._start(specs, replicas)
         except BaseException as error:
             self.close(destroy=True)
@@ -204,6 +210,10 @@ class RayBackend(Backend):
     def worker_group(
         self, size: int, make: Callable[..., Any], options: Options, given: tuple[Any, ...] = ()
     ) -> WorkerGroup:
+        with while_ray_lives():
+            shards = len(self.addresses) + len(self.standbys())
+            need = workers_need(options, size, shards)
+            await_room(need, options.start_timeout_s, chosen)
         # as bytes: arrays that come through Ray's object store cannot be written
         make_rank = partial(_made, make, cloudpickle.dumps(given))
         return RayWorkerGroup(size, make_rank, options, self._sum_group)

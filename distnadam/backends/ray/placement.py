@@ -15,6 +15,7 @@ import ray
 
 from distnadam.config import Options
 from distnadam.errors import InsufficientResources
+from distnadam.planning.requests import shard_ask, worker_ask
 
 log = logging.getLogger("distnadam")
 
@@ -23,40 +24,61 @@ _REPORT_EVERY_S = 5.0
 _UNREACHABLE_S = 60.0
 
 
-def check_fits(
-    options: Options, num_shards: int, cordoned: Callable[[], Collection[str]] = tuple
-) -> None:
-    """Wait up to `start_timeout_s` for nodes that could hold the shards if they were empty.
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """What several actors of one kind ask of the cluster.
 
     Args:
-        options: say what a shard asks for.
-        num_shards: how many there are to be, standbys included.
+        who: what they are, "shards".
+        number: how many there are to be.
+        ask: what each asks for, by resource.
+        selector: labels that its node must have.
+        beside: what others of the same optimizer hold already, by resource.
+    """
+
+    who: str
+    number: int
+    ask: Mapping[str, float]
+    selector: Mapping[str, str]
+    beside: Mapping[str, float] = field(default_factory=dict)
+
+
+def shards_need(options: Options, number: int) -> Need:
+    """Return what so many shards need, standbys included."""
+    return Need(
+        who="shards", number=number, ask=shard_ask(options), selector=options.label_selector
+    )
+
+
+def workers_need(options: Options, number: int, shards: int) -> Need:
+    """Return what workers need beside so many shards, standbys included: those of them, of so many,
+    that the run cannot go on without.
+    """
+    least = min(number, options.min_workers or number)
+    return Need(
+        who="workers",
+        number=least,
+        ask=worker_ask(options),
+        selector=options.worker_label_selector,
+        beside={name: amount * shards for name, amount in shard_ask(options).items()},
+    )
+
+
+def await_room(
+    need: Need, start_timeout_s: float | None, cordoned: Callable[[], Collection[str]] = tuple
+) -> None:
+    """Wait up to `start_timeout_s` for nodes that could hold actors if they were empty.
+
+    Args:
+        need: what they ask.
+        start_timeout_s: seconds; None waits for none.
         cordoned: returns the nodes that nothing may go to.
 
     Raises:
         InsufficientResources: there are none.
     """
-    ask = _positive(shard_ask(options))
-    deadline = time.monotonic() + (options.start_timeout_s or 0.0)
-    while True:
-        found, closed = _suitable(ray.nodes(), options.label_selector), cordoned()
-        nodes = [node for node in found if node["NodeID"] not in closed]
-        fit = sum(room(node["Resources"], ask, num_shards) for node in nodes)
-        if fit >= num_shards:
-            return
-        has = {name: sum(node["Resources"].get(name, 0.0) for node in nodes) for name in ask}
-        wanted = (
-            ", ".join(
-                f"{name} {amount:g} each, the nodes have {has[name]:g} in all"
-                for name, amount in ask.items()
-            )
-            or "no resource"
-        )
-        lacking = (
-            f"{num_shards} shards ask {wanted}: {len(nodes)} suitable node(s) have room for {fit}"
-        )
-        if left := len(found) - len(nodes):
-            lacking += f", {left} more to be left (`distnadam uncordon` takes a host back)"
+    deadline = time.monotonic() + (start_timeout_s or 0.0)
+    while (lacking := _lacking(need, ray.nodes(), cordoned())) is not None:
         if time.monotonic() >= deadline:
             remedy = (
                 "ask for less in Options, or add nodes (Options(start_timeout_s=...) "
@@ -67,13 +89,38 @@ def check_fits(
         time.sleep(min(_REPORT_EVERY_S, max(0.1, deadline - time.monotonic())))
 
 
-def shard_ask(options: Options) -> dict[str, float]:
-    """Return what each shard asks of Ray, by resource."""
-    return {
-        "CPU": options.shard_cpus,
-        "memory": float(options.shard_memory_bytes),
-        **options.shard_resources,
-    }
+def _lacking(need: Need, nodes: Sequence[Mapping[str, Any]], closed: Collection[str]) -> str | None:
+    """Return what empty nodes lack, in words; None if there is room."""
+    found = _suitable(nodes, need.selector)
+    open_ones = [node for node in found if node["NodeID"] not in closed]
+    fit = sum(room(node["Resources"], need.ask, need.number) for node in open_ones)
+    anywhere = [node for node in nodes if node["Alive"] and node["NodeID"] not in closed]
+    asks = _positive(need.ask)
+    short = [
+        name
+        for name, amount in asks.items()
+        if need.number * amount + need.beside.get(name, 0.0) > _total(anywhere, name) + 1e-9
+    ]
+    if fit >= need.number and not short:
+        return None
+    held = _positive(need.beside)
+    wanted = [
+        f"{name} {amount:g} each, the nodes have {_total(open_ones, name):g} in all"
+        + (f" and the shards take {held[name]:g}" if name in held else "")
+        for name, amount in asks.items()
+    ]
+    lacking = (
+        f"{need.number} {need.who} ask {', '.join(wanted) or 'no resource'}: "
+        f"{len(open_ones)} suitable node(s)"
+    )
+    lacking += f" have room for {fit}" if fit < need.number else " have no room for both"
+    if left := len(found) - len(open_ones):
+        lacking += f", {left} more to be left (`distnadam uncordon` takes a host back)"
+    return lacking
+
+
+def _total(nodes: Sequence[Mapping[str, Any]], name: str) -> float:
+    return float(sum(node["Resources"].get(name, 0.0) for node in nodes))
 
 
 class RecentlyUnreachable:

@@ -16,10 +16,10 @@ from distnadam.backends.ray.cordon import Cordon
 from distnadam.backends.ray.lease import lease_s
 from distnadam.backends.ray.metrics_exporter import Exporter
 from distnadam.backends.ray.nodes import node_facts
-from distnadam.backends.ray.placement import shard_ask
 from distnadam.backends.ray.process_manager import OPEN_S, ActorFactory, RayProcessManager
 from distnadam.backends.ray.relays import RelayProcess, Relays
 from distnadam.metrics.meter import Sample, shard_bytes
+from distnadam.planning.requests import shard_ask
 from distnadam.protocol.messages import ShardSpec
 from distnadam.protocol.supervisor_events import Report
 from distnadam.supervision.discovery import RecoveredTopology

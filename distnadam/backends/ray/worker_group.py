@@ -23,6 +23,7 @@ from distnadam.backends.ray.placement import Avoid, RecentlyUnreachable
 from distnadam.backends.ray.processes import kill_actor
 from distnadam.config import Options
 from distnadam.errors import ClusterError, VersionMismatch, WorkerLost
+from distnadam.planning.requests import asked_by_workers, worker_ask
 from distnadam.waiting import REPORT_WAIT_S, say_waiting
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -49,7 +50,7 @@ class RayWorkerGroup(WorkerGroup):
         self._together = together
         self._first_node = secrets.randbelow(2**16)  # groups begin on different nodes
         self._unreachable = RecentlyUnreachable()
-        self._cordon = Cordon({"CPU": options.worker_cpus}, options.worker_label_selector)
+        self._cordon = Cordon(worker_ask(options), options.worker_label_selector)
         self._actors: dict[int, Any] = {}
         self._places: dict[Any, Any] = {}
         self._starting: dict[int, float] = {}  # when each was asked for
@@ -145,12 +146,12 @@ class RayWorkerGroup(WorkerGroup):
                 continue
             del self._starting[rank]
             if not ray.wait([self._places[self._actors[rank]]], timeout=0)[0]:
-                asked = dict(self._options.worker_label_selector)
+                free = ray.available_resources()
+                left = [f"{each} {free.get(each, 0.0):g}" for each in worker_ask(self._options)]
                 say_waiting(
                     f"worker {rank}",
-                    f"for its process, which asks CPU {self._options.worker_cpus:g} and the labels "
-                    f"{asked}; free in the cluster: CPU "
-                    f"{ray.available_resources().get('CPU', 0.0):g}",
+                    f"for its process, which asks {asked_by_workers(self._options)}; free in the "
+                    f"cluster: {', '.join(left)}",
                 )
 
     def _forget(self, refs: list[Any]) -> None:

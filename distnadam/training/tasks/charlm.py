@@ -75,7 +75,7 @@ class CharLM(TorchTask):
     def loss_of(self, module: Any, batch: Array) -> Any:
         """Return the mean cross-entropy of each next character, in nats."""
         torch = import_torch(self.name)
-        numbers = torch.from_numpy(batch)
+        numbers = torch.from_numpy(batch).to(next(module.parameters()).device)
         states, _ = module["recurrent"](module["embedding"](numbers[:, :-1]))
         guesses = module["head"](states).flatten(0, 1)
         return torch.nn.functional.cross_entropy(guesses, numbers[:, 1:].flatten())

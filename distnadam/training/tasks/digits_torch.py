@@ -52,11 +52,14 @@ class DigitsTorch(TorchTask):
     def loss_of(self, module: Any, batch: tuple[Array, Array]) -> Any:
         """Return the mean cross-entropy of a batch, a tenth of each label being spread over all."""
         torch = import_torch(self.name)
-        images, labels = map(torch.from_numpy, batch)
+        where = next(module.parameters()).device
+        images, labels = (torch.from_numpy(each).to(where) for each in batch)
         return torch.nn.functional.cross_entropy(module(images), labels, label_smoothing=0.1)
 
     @override
     def metrics_of(self, module: Any) -> dict[str, float]:
         """Return the accuracy on the held-out fifth."""
-        guesses = module(import_torch(self.name).from_numpy(self._digits.test)).argmax(1).numpy()
+        images = import_torch(self.name).from_numpy(self._digits.test)
+        where = next(module.parameters()).device
+        guesses = module(images.to(where)).argmax(1).cpu().numpy()
         return {"accuracy": float((guesses == self._digits.test_labels).mean())}
