@@ -13,14 +13,28 @@ from distnadam.errors import ConfigError
 BETAS = ("beta_1", "beta_2")
 """The names of the decays of the moments, of an optimizer or a group."""
 _MOST_PORT = 65535
+_MOST = 2**63 - 1
+"""The largest number that messages, checkpoints and arrays of whole numbers all hold."""
+_MOST_PROCESSES = 65536
 _NUMPY_BOOLS = {("numpy", "bool"), ("numpy", "bool_")}
 
 
-def check_count(name: str, value: object, *, least: int = 1) -> int:
-    """Return `value` as an int; raise ConfigError, naming the argument, unless it is >= `least`."""
+def check_count(name: str, value: object, *, least: int = 1, most: float = _MOST) -> int:
+    """Return `value` as an int; raise ConfigError, naming the argument, unless it lies in
+    [least, most].
+    """
     if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < least:
         raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if value.__index__() > most:
+        raise ConfigError(f"{name} must be a whole number of at most {most}, got {value!r}")
     return int(value.__index__())
+
+
+def check_processes(name: str, value: object) -> int:
+    """Return a number of shards or workers; raise ConfigError, naming the argument, unless it is
+    one that can be made a list of.
+    """
+    return check_count(name, value, most=_MOST_PROCESSES)
 
 
 def check_shares(value: Any, count: int) -> list[int]:
@@ -30,7 +44,7 @@ def check_shares(value: Any, count: int) -> list[int]:
     if value is None:
         return [1] * count
     try:
-        shares = [check_count("a share", share, least=0) for share in value]
+        shares = [check_count("a share", share, least=0, most=math.inf) for share in value]
     except (ConfigError, TypeError):
         shares = []
     if len(shares) != count or not any(shares):

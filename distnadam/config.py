@@ -12,7 +12,15 @@ from typing import Any, Literal
 
 from typing_extensions import override
 
-from distnadam.checks import check_as, check_count, check_name, check_ports, fields_of, set_number
+from distnadam.checks import (
+    check_as,
+    check_count,
+    check_name,
+    check_ports,
+    check_processes,
+    fields_of,
+    set_number,
+)
 from distnadam.errors import ConfigError
 from distnadam.hyperparameters import DEFAULT_EPSILON, NadamConfig
 from distnadam.places import place, shown
@@ -206,10 +214,10 @@ class Topology:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("num_shards", 1), ("num_workers", 1), ("replicas", 0)):
-            object.__setattr__(self, name, check_count(name, getattr(self, name), least=least))
-        if self.replicas > 1:
-            raise ConfigError(f"replicas must be 0 or 1, got {self.replicas!r}")
+        for name in ("num_shards", "num_workers"):
+            object.__setattr__(self, name, check_processes(name, getattr(self, name)))
+        replicas = check_count("replicas", self.replicas, least=0, most=1)
+        object.__setattr__(self, "replicas", replicas)
         if self.backend not in ("auto", "local", "ray"):
             raise ConfigError(f'backend must be "auto", "local" or "ray", got {self.backend!r}')
         object.__setattr__(self, "name", check_name(self.name) if self.name else None)

@@ -10,7 +10,7 @@ from distnadam.checkpoint.contents import packed_data
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.storage.base import Directory
 from distnadam.checkpoint.storage.resolve import DirectoryLike, open_directory
-from distnadam.checks import check_count, check_shares
+from distnadam.checks import check_processes, check_shares
 from distnadam.client.autodiff import gradients_found, gradients_of
 from distnadam.client.building import restored_settings, running, warn_of_tied
 from distnadam.client.checkpointing import Saved, SaveHandle
@@ -300,7 +300,7 @@ class DistNadam(HeldState, set_once={"saves", "restored_data"}):
             ClusterError: the new shards cannot be obtained; the present ones go on.
             ConfigError: the shares are not that many, one is below 0, or all are 0.
         """
-        shards, given = self.shards, check_shares(shares, check_count("num_shards", num_shards))
+        shards, given = self.shards, check_shares(shares, check_processes("num_shards", num_shards))
         self.saves.finish()  # the present shards are writing it
         shards.reshard(given)
 

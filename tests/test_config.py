@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from distnadam.checks import check_count
-from distnadam.config import Options
+from distnadam.config import Options, Topology
 from distnadam.errors import ConfigError
 from distnadam.hyperparameters import NadamConfig
 from distnadam.schedules import WarmupCosine
+from distnadam.training.fit import fit
+from distnadam.training.tasks.digits import Digits
 
 
 @pytest.mark.parametrize(
@@ -109,6 +111,19 @@ def test_numpy_numbers_become_plain_ones() -> None:
 def test_a_bad_count_is_refused(value: object) -> None:
     with pytest.raises(ConfigError, match="num_shards must be a whole number of at least 1"):
         check_count("num_shards", value)
+
+
+@pytest.mark.parametrize("name", ["num_shards", "num_workers"])
+def test_more_processes_than_a_list_can_have_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} must be a whole number of at most 65536, got"):
+        Topology(**{name: 10**9})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["seed", "steps", "save_every", "evaluate_every", "keep"])
+def test_a_number_that_no_checkpoint_holds_is_refused_before_the_run(name: str) -> None:
+    given: Any = {"steps": 1, name: 2**63}
+    with pytest.raises(ConfigError, match=f"{name} must be a whole number of at most 92233"):
+        fit(Digits(), backend="local", verbose=False, **given)
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,7 @@ class Gradients:
         gradient = tensor.grad
         if gradient is None or gradient is self._slots[index]:
             return
-        if gradient.device != self._slots[index].device:  # the model was moved since
+        if _kind_of(gradient) != _kind_of(self._slots[index]):  # the model was moved or converted
             return
         if gradient.requires_grad or gradient.layout != torch.strided:
             return
@@ -230,7 +230,7 @@ class Gradients:
             self._free(index)
         except GradientError:  # it is raised by `step`, unless they are gone by then
             return
-        slot = self._slots[index]
+        slot = self._slots[index]  # not before, as `_free` counts who has it
         slot.copy_(gradient)
         tensor.grad = slot
 
@@ -257,6 +257,10 @@ def _sparse(name: str) -> RuntimeError:
         f"distnadam does not support sparse gradients, and that of {name!r} is one: give its "
         ".to_dense()"
     )
+
+
+def _kind_of(tensor: torch.Tensor) -> tuple[torch.device, torch.dtype, torch.Size]:
+    return tensor.device, tensor.dtype, tensor.shape
 
 
 def _uses(storage: Any) -> int:

@@ -51,7 +51,8 @@ class Parameters:
         self._slots: list[torch.Tensor] = []  # where each of them does
         self._slot_places: list[int] = []
         self._copied = list(range(len(self.tensors)))  # all others
-        self._kinds = [(tensor.dtype, tensor.nbytes) for tensor in tensors]
+        self._kinds = [(tensor.dtype, tensor.shape) for tensor in tensors]
+        self._sizes = [tensor.nbytes for tensor in tensors]
         self._places: list[int] = []  # of those
         self._is_plain = False
 
@@ -120,9 +121,9 @@ class Parameters:
                 for i, value in zip(self._copied, values, strict=True)
                 if not torch.equal(bits_of(self.tensors[i]), bits_of(value))
             ]
-        places, kinds = handed.places, self._kinds
+        places, sizes = handed.places, self._sizes
         compared = zip(self._copied, self._places, strict=True)
-        return [i for i, place in compared if _memcmp(place, places[i], kinds[i][1])]
+        return [i for i, place in compared if _memcmp(place, places[i], sizes[i])]
 
     def in_words(self, changed: Sequence[int]) -> str:
         """Return changed tensors by name, each with a digest of its bits, for the other ranks."""
@@ -146,7 +147,7 @@ class Parameters:
             self._on_device.take(handed.copies, self.tensors)
         elif self._is_plain:
             for i, place in zip(self._copied, self._places, strict=True):
-                _memmove(place, handed.places[i], self._kinds[i][1])
+                _memmove(place, handed.places[i], self._sizes[i])
         else:
             sources = [handed.values[i] for i in self._copied]
             torch._foreach_copy_([self.tensors[i] for i in self._copied], sources)
@@ -195,14 +196,15 @@ class Parameters:
             StructureError: one has another shape or dtype now.
         """
         tensors = [self.tensors[i] for i in self._copied]
-        kinds = [(tensor.dtype, tensor.nbytes) for tensor in tensors]
+        kinds = [(tensor.dtype, tensor.shape) for tensor in tensors]
         expected = [self._kinds[i] for i in self._copied]
         if kinds != expected:
             which = next(i for i, kind in enumerate(kinds) if kind != expected[i])
             now, before, index = kinds[which], expected[which], self._copied[which]
             raise StructureError(
-                f"{self.names[index]!r} has {now[1]} bytes of {now[0]} now, and had {before[1]} of "
-                f"{before[0]} when the shards were built: convert the model before the first step"
+                f"{self.names[index]!r} is {now[0]} of shape {tuple(now[1])} now, and was "
+                f"{before[0]} of shape {tuple(before[1])} when the shards were built: convert the "
+                "model before the first step"
             )
         if (device := device_of(self.tensors)) != self._device:
             self._device, self._on_device, self._trees = device, None, []
@@ -250,9 +252,8 @@ def _fits(tensor: torch.Tensor, slot: torch.Tensor) -> bool:
     """Whether a tensor can lie in a slot: it is as aligned as torch's own memory, since the bits of
     a product of matrices depend on that.
     """
-    kind = (slot.device, slot.dtype, slot.stride())
-    is_aligned = slot.data_ptr() % _ALIGNED == 0
-    return is_aligned and kind == (tensor.device, tensor.dtype, tensor.stride())
+    kinds = ((each.device, each.dtype, each.shape, each.stride()) for each in (tensor, slot))
+    return slot.data_ptr() % _ALIGNED == 0 and next(kinds) == next(kinds)
 
 
 def _storage_references(tensor: torch.Tensor) -> int:

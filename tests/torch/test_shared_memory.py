@@ -17,8 +17,8 @@ pytestmark = pytest.mark.slow
 torch = pytest.importorskip("torch")
 
 import distnadam  # noqa: E402
-from distnadam.errors import NonFiniteGradient  # noqa: E402
-from distnadam.torch.arrays import as_array  # noqa: E402
+from distnadam.errors import NonFiniteGradient, StructureError  # noqa: E402
+from distnadam.torch.arrays import as_array, bits_of  # noqa: E402
 from tests.torch.models import batches as batches_of_six  # noqa: E402
 from tests.torch.models import bits, loss_of, make, train  # noqa: E402
 
@@ -214,6 +214,40 @@ def test_it_stays_there_where_nobody_has_memory_of_it(edit: Callable[[Any], Any]
     edit(pair.models[0])
     train(pair.models[0], pair.optimizers[0], batches(1))
     assert len(lie_there(pair.optimizers[0])) == 4
+
+
+def converted(model: Any) -> None:
+    model.to(torch.float64)
+
+
+def of_another_shape(model: Any) -> None:
+    model[0].bias.data = torch.zeros(1)  # which would be spread over all 32
+
+
+def of_as_many_elements(model: Any) -> None:
+    model[0].weight.data = torch.zeros(16, 32)
+
+
+@pytest.mark.parametrize("passes", [True, False], ids=["backward", "none"])
+@pytest.mark.parametrize("edit", [converted, of_another_shape, of_as_many_elements])
+def test_what_is_no_longer_the_shards_tensor_is_refused_by_name(
+    edit: Callable[[Any], Any], passes: bool
+) -> None:
+    pair = Pair(wide())
+    pair.train(batches(2))
+    for model, optimizer in zip(pair.models, pair.optimizers, strict=True):
+        edit(model)
+        now = [
+            (tensor.shape, tensor.dtype, bits_of(tensor).tolist()) for tensor in model.parameters()
+        ]
+        loss = sum(tensor.sum() for tensor in model.parameters())
+        if passes:
+            loss.backward()
+        else:
+            model[2].bias.grad = torch.ones_like(model[2].bias)
+        with pytest.raises(StructureError, match=r"'0\.(weight|bias)' is torch\.\w+ of shape"):
+            optimizer.step()
+        assert now == [(t.shape, t.dtype, bits_of(t).tolist()) for t in model.parameters()]
 
 
 def test_evaluation_with_other_weights_for_a_while() -> None:
