@@ -22,6 +22,7 @@ from distnadam.protocol.messages import (
     PushSlice,
     RoundResult,
     ShardSpec,
+    Step,
     TotalNorms,
 )
 from distnadam.protocol.round_settings import RoundSettings
@@ -191,11 +192,6 @@ class ShardTransport(ABC):
         """The ranges that each shard holds; the same object until this process learns more."""
 
     @property
-    def num_shards(self) -> int:
-        """The number of shards that this process knows of."""
-        return len(self.cuts)
-
-    @property
     @abstractmethod
     def version(self) -> int:
         """A number that grows when this process learns that shards moved or went back."""
@@ -228,12 +224,16 @@ class ShardTransport(ABC):
         """
         return
 
+    def step_at_once(self, step: Step) -> RoundResult | None:
+        """As `WorkerChannel.step_at_once`, of a step from outside, for an only shard."""
+        return None
+
     @abstractmethod
     def post(self, messages: Mapping[int, Message | Order]) -> Pending:
         """Send each shard, by index, its message without waiting.
 
         Raises:
-            Reconfigured: an index is not below `num_shards`.
+            Reconfigured: there are no cuts of that index.
             LifecycleError: the shards cannot be reached from this process any more.
         """
 

@@ -166,7 +166,7 @@ class DirectSteps:
             StepTimeout: another thread's step was not done in time.
         """
         timeout_s = self._shards.options.step_timeout_s
-        if not await_unlocked(self._lock.locked, timeout_s):
+        if self._lock.locked() and not await_unlocked(self._lock.locked, timeout_s):
             raise StepTimeout(f"{DIRECT_CALL}: another step was not done in {timeout_s:g} s")
         with self._lock:
             try:
@@ -180,7 +180,7 @@ class DirectSteps:
             step.choose_round(at.held)
             if step.loss_scale is None:
                 step.loss_scale = at.held.loss_scale.scale if at.held.loss_scale else 0.0
-            rejection, parts = self._take(step, gradients)
+            rejection, parts = self._take(step, gradients, self._shards.ranges)
             step.incarnation = step.incarnation or next(self._numbers)
             # while the shards are held: a child forked meanwhile refuses to go on from them
             with self._shards.backend.transport.unseen() as in_place:
@@ -192,15 +192,15 @@ class DirectSteps:
 
     def _follow(self, step: DirectStep, gradients: Any) -> RoundResult | None:
         """Step an only shard without a hold; None if it is not to be stepped so, or refuses."""
-        last = self._last
-        if last is None or not self._is_cheap or len(self._shards.ranges) > 1:
+        last, ranges = self._last, self._shards.ranges
+        if last is None or not self._is_cheap or len(ranges) > 1:
             return None
         self._last = None
         is_new, settings = step.round == 0, step.settings
         if is_new:
             step.round = last.round + 1
             step.loss_scale = last.loss_scale
-        rejection, parts = self._take(step, gradients)
+        rejection, parts = self._take(step, gradients, ranges)
         step.incarnation = step.incarnation or next(self._numbers)
         try:
             with self._shards.backend.transport.unseen() as in_place:
@@ -216,13 +216,17 @@ class DirectSteps:
     def _apply(
         self, step: DirectStep, token: str | None, messages: Mapping[int, Step]
     ) -> RoundResult:
+        transport = self._shards.backend.transport
         try:
-            answers = self._shards.ask(messages, who=DIRECT_CALL)
+            if token is None and (at_once := transport.step_at_once(messages[0])) is not None:
+                self._last = at_once
+                return at_once
+            answers: dict[int, Any] = self._shards.ask(messages, who=DIRECT_CALL)
             is_measured = any(isinstance(answer, PartialNorms) for answer in answers.values())
             if is_measured:
                 answers = self._give_norms(step, token, answers)
         except BaseException:
-            self._shards.backend.transport.await_work()  # it may read what was lent
+            transport.await_work()  # it may read what was lent
             raise
         decided: RoundResult = answers[0]
         for index, other in answers.items():
@@ -260,7 +264,9 @@ class DirectSteps:
         norms = StepNorms(token, step.square_sums)
         return {**answers, **self._shards.ask(dict.fromkeys(measured, norms), who=DIRECT_CALL)}
 
-    def _take(self, step: DirectStep, gradients: Any) -> tuple[str | None, list[Flat]]:
+    def _take(
+        self, step: DirectStep, gradients: Any, ranges: list[Ranges]
+    ) -> tuple[str | None, list[Flat]]:
         """Return why a gradient tree cannot be used, or None, and each shard's part of it: in this
         handle's buffer, or where it lies if the shards read this process's memory.
         """
@@ -275,7 +281,7 @@ class DirectSteps:
                 compiled=shards.options.kernel != "numpy",
             )
         if step.settings.found_inf:
-            return self._buffer.overflowed(), self._buffer.parts(shards.ranges)
+            return self._buffer.overflowed(), self._buffer.parts(ranges)
         self._buffer.loss_scale = step.loss_scale or 0.0
         if (written := shards.backend.transport.written_here) is None:
             rejection = self._buffer.fill(gradients)
@@ -285,4 +291,4 @@ class DirectSteps:
             step.settings = replace(step.settings, absent=self._buffer.absent)
         if rejection is not None and step.loss_scale:
             step.settings = replace(step.settings, found_inf=True)
-        return rejection, self._buffer.parts(shards.ranges)
+        return rejection, self._buffer.parts(ranges)

@@ -83,7 +83,7 @@ class ShardReports:
         return answers
 
     def _describe(self) -> dict[int, Message]:
-        return dict.fromkeys(range(self._transport.num_shards), Describe())
+        return dict.fromkeys(range(len(self._transport.cuts)), Describe())
 
 
 def _listed(shards: list[int]) -> str:

@@ -216,7 +216,7 @@ class RunningOptimizer:
         transport.refresh()
         asked = {
             index: transport.post({index: Describe(spec=True)})
-            for index in range(transport.num_shards)
+            for index in range(len(transport.cuts))
         }
         standbys = backend.standbys() if self._spec.replicas else {}
         deadline = time.monotonic() + ANSWER_S

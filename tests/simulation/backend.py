@@ -210,7 +210,7 @@ class WorldBackend(Backend):
 
     @override
     def hosts(self) -> list[str]:
-        return ["this world"] * self.transport.num_shards
+        return ["this world"] * len(self.transport.cuts)
 
     @override
     def standbys(self) -> dict[int, str]:
