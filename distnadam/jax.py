@@ -177,8 +177,10 @@ class DistNadam:
 
     def close(self) -> None:
         """Leave the cluster, and end it if this rank made it."""
-        self._calls.wait()  # what it has refused, the results say that nobody has looked at
-        self._replica.close()
+        try:
+            self._calls.wait()  # what it has refused, the results say that nobody has looked at
+        finally:
+            self._replica.close()
 
     def _init(self, params: Any) -> UpdateState:
         for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:

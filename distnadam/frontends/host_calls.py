@@ -28,17 +28,24 @@ class HostCalls:
     _all: ClassVar["WeakSet[HostCalls]"] = WeakSet()
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="distnadam-step")
-        self._thread.submit(int).result()
+        self._thread: ThreadPoolExecutor | None = None
         self._refused: Exception | None = None  # what the last call raised
         self._untold: Exception | None = None  # the same, while JAX has it still to tell
         self._all.add(self)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HostCalls, ()
+
     def traced(self, call: Callable[..., Any], like: Sequence[Any], *given: Any) -> list[Any]:
         """Return what a call will return when the program runs: arrays like these."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="distnadam-step")
+            self._thread.submit(int).result()  # begun by this thread
+        submit = self._thread.submit
         shapes = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in like]
-        on_host = lambda *values: self._thread.submit(self._made, call, values).result()  # noqa: E731
-        returned: list[Any] = io_callback(on_host, shapes, *given)
+        returned: list[Any] = io_callback(
+            lambda *values: submit(self._made, call, values).result(), shapes, *given
+        )
         return returned
 
     def _made(self, call: Callable[..., Any], values: Sequence[Any]) -> Any:

@@ -100,12 +100,12 @@ def attach(place: Place, name: str, timeout_s: float) -> DistNadam:
     return _await(lambda: _running(name), name, place, timeout_s)
 
 
-def close_at_end(place: Place, close: Callable[[], None]) -> None:
+def close_at_end(place: Place, close: Callable[[], None], *, is_named: bool) -> None:
     """Have a rank leave at the end of its process, before Ray shuts itself down there, or of this
-    thread, if its part ends with that.
+    thread, if its part ends with that, and nobody comes back to a name that a user has given.
     """
     atexit.register(close)
-    if place.ends_with_thread:
+    if place.ends_with_thread and not is_named:
         whose = threading.current_thread()
         start(Thread(target=_close_after, args=(whose, close), name="distnadam-end", daemon=True))
 

@@ -114,6 +114,7 @@ class Replica:
                 f"num_workers={self.num_workers} needs a name of the cluster (cluster_name; in JAX "
                 "name), by which the ranks find each other"
             )
+        self._is_named = plan["name"] is not None
         self._name = meeting.name_for(place, plan["name"])
         self._arguments["name"] = self._name
         self._options = Options.of(plan["options"])
@@ -173,7 +174,7 @@ class Replica:
         self._joined = optimizer, worker
         if self._name is not None:
             self._process = os.getpid()
-            meeting.close_at_end(self._place, self.close)
+            meeting.close_at_end(self._place, self.close, is_named=self._is_named)
             if self.rank == 0:
                 meeting.announce(self._place, self._name)
         self._slots = None

@@ -268,9 +268,11 @@ class DistOptimizer(keras.optimizers.Optimizer):
 
     def close(self) -> None:
         """Leave the cluster, and end it if this rank made it."""
-        if self._calls is not None:
-            self._calls.wait()
-        self._replica.close()
+        try:
+            if self._calls is not None:
+                self._calls.wait()
+        finally:
+            self._replica.close()
 
     def slots(self) -> Slots:
         """Return copies of what the shards hold beside the parameters, by `names`."""

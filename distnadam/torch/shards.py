@@ -130,7 +130,7 @@ class Shards:
         self._optimizer = optimizer.build(dict(params))
         self._own = settings.own
         self._worker = optimizer.worker(0)
-        meeting.close_at_end(self.place, self.close)
+        meeting.close_at_end(self.place, self.close, is_named=self._is_named)
         if self.several and self._name is not None:
             meeting.announce(self.place, self._name)
 
@@ -174,7 +174,7 @@ class Shards:
         same = all(config.get(key) == value for key, value in settings.plain_config().items())
         self._own = settings.own if same else None
         self._worker = found.worker(self.place.rank)
-        meeting.close_at_end(self.place, self.close)
+        meeting.close_at_end(self.place, self.close, is_named=self._is_named)
 
     def gradients(self, dtype: str | None) -> dict[str, Any]:
         """Return the views that gradients are written into, by name."""

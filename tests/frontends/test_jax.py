@@ -1,6 +1,7 @@
 """A JAX script trains with our optimizers as with optax's: by steps, and by a transformation."""
 
 import doctest
+import pickle
 from typing import Any
 
 import numpy as np
@@ -209,6 +210,11 @@ def test_a_refused_update_that_nobody_has_looked_at_is_raised_by_cluster_once() 
     jax.effects_barrier()
     other.step(params, gradient(params))
     assert other.cluster.iterations == 2
+
+
+def test_an_optimizer_that_has_no_shards_yet_travels() -> None:
+    step, start = compiled(pickle.loads(pickle.dumps(ours.DistNadam(0.1))).transformation())
+    close(step(*start, 1.0)[0], by_steps(ours.DistNadam(0.1), 1))
 
 
 def test_a_failure_that_is_not_ours_stays_jax_s() -> None:

@@ -70,10 +70,11 @@ def test_ranks_of_several_hosts_need_the_address_of_a_ray() -> None:
 
 
 def test_a_rank_whose_part_is_a_thread_leaves_when_that_ends() -> None:
-    begun, may_end, left = threading.Event(), threading.Event(), threading.Event()
+    begun, may_end, left, named = (threading.Event() for _ in range(4))
 
     def train() -> None:
-        meeting.close_at_end(Place(ends_with_thread=True), left.set)
+        meeting.close_at_end(Place(ends_with_thread=True), left.set, is_named=False)
+        meeting.close_at_end(Place(ends_with_thread=True), named.set, is_named=True)
         begun.set()
         may_end.wait(60)
 
@@ -83,4 +84,6 @@ def test_a_rank_whose_part_is_a_thread_leaves_when_that_ends() -> None:
     may_end.set()
     assert left.wait(60)
     thread.join()
+    assert not named.is_set()  # to which the ranks may come back
     atexit.unregister(left.set)
+    atexit.unregister(named.set)
