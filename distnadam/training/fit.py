@@ -78,7 +78,9 @@ def fit(
         checkpoint_dir: the directory for checkpoints, metrics.csv and loss.png; None means
             a new directory, ``runs/<task>-<time>/``. If it is an fsspec URL, only the checkpoints
             go there, and the other files to such a new directory, or, if the run is resumed, to the
-            one that it had in this working directory; a message says which.
+            one that it had in this working directory; a message says which. Its events.jsonl has
+            the program's command and the settings; a run.toml is written by ``distnadam train``
+            alone, since this call's objects are its program's.
         save_every: steps between checkpoints, which are written in the background; None saves only
             at the end.
         keep: how many of the last checkpoints are kept.

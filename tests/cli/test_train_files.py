@@ -258,7 +258,13 @@ def test_shellcheck_has_nothing_against_the_completion_of_bash(runner: Any, tmp_
 
 @pytest.mark.parametrize(
     ("line", "expected"),
-    [("distnadam rep", "report"), ("distnadam completion z", "zsh"), ("distnadam ver", "verify")],
+    [
+        ("distnadam rep", "report"),
+        ("distnadam completion z", "zsh"),
+        ("distnadam ver", "verify"),
+        ("distnadam train --verbo", "--verbose"),
+        ("distnadam train digits --verbose a", "auto"),
+    ],
 )
 def test_bash_completes_a_line(line: str, expected: str, runner: Any, tmp_path: Path) -> None:
     script = call(runner, "completion", "bash").output
@@ -277,8 +283,29 @@ def test_bash_completes_a_line(line: str, expected: str, runner: Any, tmp_path: 
     assert ended.stdout.split() == [expected], ended.stderr
 
 
+@pytest.mark.parametrize(
+    ("shell", "asked"),
+    [
+        ("zsh", {"COMP_WORDS": "distnadam train digits --verbose", "COMP_CWORD": "4"}),
+        ("fish", {"COMP_WORDS": "distnadam train digits --verbose ", "COMP_CWORD": ""}),
+    ],
+)
+def test_other_shells_are_told_what_an_option_takes(
+    shell: str, asked: dict[str, str], runner: Any
+) -> None:
+    environment = {"_DISTNADAM_COMPLETE": f"{shell}_complete", **asked}
+    found = runner.invoke(main, [], env=environment, prog_name="distnadam").output
+    assert [each for each in re.split(r"[\s,]+", found) if each in ("auto", "0", "1", "2")] == [
+        *("auto", "0", "1", "2")
+    ], found
+
+
 def test_commands_are_listed_by_purpose(runner: Any) -> None:
     shown = call(runner, "--help").output
     for title in ("Training:", "A running optimizer:", "Hosts:", "Checkpoints:"):
         assert title in shown
     assert shown.index("train") < shown.index("status") < shown.index("inspect")
+    of_train = call(runner, "train", "--help").output
+    section = of_train.partition("What is shown:")[2].partition("\n\n")[0]
+    for option in ("--verbose [auto|0|1|2]", "--quiet", "--dashboard", "--json"):
+        assert option in section, section
