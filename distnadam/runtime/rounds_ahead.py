@@ -16,8 +16,11 @@ from distnadam.nadam.step_scalars import StepScalars, step_scalars
 from distnadam.protocol.codec import pack
 from distnadam.protocol.messages import Push
 from distnadam.protocol.ordinary_frames import push_bodies, renumbered
+from distnadam.protocol.supervisor_messages import ReplicatedRound
 from distnadam.runtime.outbox import Outbox
+from distnadam.runtime.replicator import Replicator
 from distnadam.runtime.shard_kernel import ShardKernel, StepsAhead
+from distnadam.shard.effects import Replicate
 from distnadam.shard.machine import Shard
 from distnadam.shard.ordinary import count_ahead, may_go_ahead
 
@@ -26,6 +29,7 @@ def rounds_ahead(
     shard: Shard,
     outbox: Outbox,
     kernel: ShardKernel,
+    replicator: Replicator,
     numbers: Sequence[int],
     pushes: Sequence[Push],
     on_step: Callable[[float], None],
@@ -37,16 +41,20 @@ def rounds_ahead(
         shard: the machine.
         outbox: of its host.
         kernel: steps the rounds.
+        replicator: of its host.
         numbers: of the frames that the last round's pushes came in.
         pushes: the last round's, which those to come are like.
         on_step: called under the lock with the seconds of each step.
         on_error: called with what a step raised once it had begun.
     """
+    stream = replicator.stream
+    if stream is not None and stream.mean is not None:
+        return None  # which the steps would have to leave for the standby
     if not outbox.may_begin or not may_go_ahead(shard, pushes):
         return None
     if (steps := kernel.steps_ahead(shard, pushes)) is None:
         return None
-    found = RoundsAhead(shard, outbox, steps, numbers, pushes, on_step, on_error)
+    found = RoundsAhead(shard, outbox, steps, numbers, pushes, replicator, on_step, on_error)
     outbox.put_off = found.count
     return found
 
@@ -56,7 +64,7 @@ class RoundsAhead:
 
     Args:
         steps: the rounds' steps.
-        shard, outbox, numbers, pushes, on_step, on_error: as of `rounds_ahead`.
+        shard, outbox, numbers, pushes, replicator, on_step, on_error: as of `rounds_ahead`.
     """
 
     def __init__(
@@ -66,6 +74,7 @@ class RoundsAhead:
         steps: StepsAhead,
         numbers: Sequence[int],
         pushes: Sequence[Push],
+        replicator: Replicator,
         on_step: Callable[[float], None],
         on_error: Callable[[BaseException], None],
     ) -> None:
@@ -84,6 +93,8 @@ class RoundsAhead:
         self._result = replace(
             progress.result(want_parameters=False), outcome="applied", revision=progress.revision
         )
+        self._replicator, self._stream = replicator, replicator.stream
+        self._notes = {push.rank: push.note for push in pushes}
         self._on_step = on_step
         self._on_error = on_error
 
@@ -94,41 +105,67 @@ class RoundsAhead:
 
     def take(self, frames: Sequence[bytes]) -> Sequence[bytes] | None:
         """Step the next round, whose pushes came in these frames' bodies, and return the answers;
-        None, with nothing changed, if they must go the usual way.
+        None if they must go the usual way, where what was stepped all the same is counted already.
         """
-        result = self._result
-        number = result.round + 1
+        number = self._result.round + 1
         for frame, body, last in zip(frames, self._bodies, self._numbers, strict=True):
             if frame != body(last + 1, number):
                 return None
-        outbox = self._outbox
         try:
             scalars = self._scalars or step_scalars(self._clock, self._config)
         except DistNadamError:
             return None
-        error: BaseException | None = None
+        outbox, replicator = self._outbox, self._replicator
+        if self._stream is not None:
+            replicator.memory_for_mean()  # waits until the standby can take the round
         with outbox.lock:
-            if outbox.put_off != self.count or not outbox.may_begin:
+            is_still = outbox.put_off == self.count and replicator.stream is self._stream
+            if not is_still or not outbox.may_begin:
                 return None
-            began = perf_counter()
             try:
-                self._steps.step(self._active, scalars)
+                self._step(number, scalars)
             except BaseException as raised:
                 error = raised
             else:
-                self._rounds += 1
-                self._clock, self._scalars = scalars.after, None
-                self._active = 1 - self._active
-                self._on_step(perf_counter() - began)
-        if error is not None:
-            self._on_error(error)
-            return None
+                if self._stream is not None:
+                    replicator.replicate(Replicate(self._record(number)))
+                    if not outbox.may_begin:
+                        return None  # it was lost, and the supervisor is to know that first
+                return self._answers()
+        self._on_error(error)
+        return None
+
+    def _step(self, number: int, scalars: StepScalars) -> None:
+        began = perf_counter()
+        self._steps.step(self._active, scalars)
+        self._on_step(perf_counter() - began)
+        self._rounds += 1
+        self._clock, self._scalars = scalars.after, None
+        self._active = 1 - self._active
         self._numbers = [last + 1 for last in self._numbers]
+        result = self._result
         result.round, result.iterations = number, scalars.after.iterations
         result.lr, result.buffer = scalars.lr, self._active
+
+    def _answers(self) -> Sequence[bytes]:
         first, *others = self._numbers
-        answer = pack(first, result)
+        answer = pack(first, self._result)
         return [answer, *[renumbered(answer, other) for other in others]]
+
+    def _record(self, number: int) -> ReplicatedRound:
+        """Return what `Progress.record` would of the round that was stepped last."""
+        for note in self._notes.values():
+            note.round = number
+        return ReplicatedRound(
+            round=number,
+            skipped=self._shard.progress.skipped,
+            outcome="applied",
+            rejection=None,
+            counted=self._notes,
+            lr=self._result.lr,
+            active=self._active,
+            clock=self._clock,
+        )
 
     def count(self) -> None:
         """Count the rounds that were taken; no more are."""

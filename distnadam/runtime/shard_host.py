@@ -232,15 +232,11 @@ class ShardHost:
         """
         with self.lock:
             self._outbox.settle()
-            if (
-                self._is_closed
-                or self._replicator.stream is not None
-                or not self.files.snapshots.copied.is_set()
-            ):
+            if self._is_closed or not self.files.snapshots.copied.is_set():
                 return None
+            parts = self.shard, self._outbox, self._kernel, self._replicator
             fail = partial(self._fail, Work.STEP, run_work=self._run_work)
-            after = self._stepped, fail
-            return rounds_ahead(self.shard, self._outbox, self._kernel, numbers, pushes, *after)
+            return rounds_ahead(*parts, numbers, pushes, self._stepped, fail)
 
     def resume(self) -> None:
         """Send the effects that could not leave before."""

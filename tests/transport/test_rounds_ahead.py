@@ -13,8 +13,12 @@ from distnadam.errors import ConfigError, DistNadamError
 from distnadam.hyperparameters import NadamConfig
 from distnadam.runtime.rounds_ahead import RoundsAhead
 from distnadam.runtime.shard_kernel import StepsAhead
+from distnadam.runtime.standby import Standby
+from distnadam.shard.state import ShardState
 from distnadam.transport import connection, shm_channel, shm_server
-from tests.transport.shm_shards import Client, Shards
+from distnadam.transport.replication import ShmReplicationStream, StandbyReceiver
+from distnadam.transport.state_memory import copies_in, reserve_state
+from tests.transport.shm_shards import Client, Shard, Shards
 
 ROUNDS = 12
 """Before something happens, more than are taken one by one first."""
@@ -56,15 +60,16 @@ class Run:
         for shard in self.shards.all:
             self.told(shard.host.send(message).result)
 
+    def bits(self, shard: Shard) -> dict[str, Any]:
+        state = shard.host.shard.state.arrays()
+        return {n: {s: a.tobytes() for s, a in flat.items()} for n, flat in state.items()}
+
     def ended(self) -> list[Any]:
         """All that was told, and the shards' states."""
         states = []
         for shard in self.shards.all:
-            description = shard.describe()
-            state = shard.host.shard.state.arrays()
-            bits = {n: {s: a.tobytes() for s, a in flat.items()} for n, flat in state.items()}
-            control = shard.host.control_state
-            states.append((replace(description, idle_s=0.0, stepped_s=0.0), control, bits))
+            description = replace(shard.describe(), idle_s=0.0, stepped_s=0.0)
+            states.append((description, shard.host.control_state, self.bits(shard)))
         return [*self.log, *states]
 
 
@@ -236,6 +241,80 @@ def test_whatever_happens_everybody_is_told_the_same(
     assert ends[0] == ends[1]
 
 
+class Followed:
+    """A standby of the same machine for a shard."""
+
+    def __init__(self, shard: Shard) -> None:
+        self._shard, spec = shard, shard.spec
+        self.standby = Standby(spec, 1)
+        self._receiver = StandbyReceiver(spec, self.standby.map_states, self.standby.apply)
+        shard.host.connect_standby = self._connect
+        shard.host.send(orders.AttachStandby("a standby")).result()
+
+    def _connect(
+        self,
+        _: Any,
+        control: orders.ShardControlState,
+        config: NadamConfig,
+        state: ShardState,
+    ) -> ShmReplicationStream:
+        memory = reserve_state(self._shard.spec)
+        state.keep_twice(copies_in(memory, self._shard.spec))
+        to = self._receiver.address, memory, self._shard.arena
+        stream = ShmReplicationStream(*to, control.round, 60.0)
+        self.standby.begin(control, config)
+        return stream
+
+    def ended(self) -> tuple[orders.ShardControlState, dict[str, Any]]:
+        """What the standby has once it has the last round."""
+        last = self._shard.describe().round
+        while self.standby.reached != last:
+            pass  # the test's time limit bounds it
+        found = self.standby.control_state
+        assert found is not None
+        arrays = self.standby.arrays
+        return found, {n: {s: a.tobytes() for s, a in f.items()} for n, f in arrays.items()}
+
+    def close(self) -> None:
+        self._receiver.close()
+
+
+def test_a_standby_has_every_round_before_it_is_answered(
+    runs: Callable[..., Run], ahead: list[bool]
+) -> None:
+    ends = []
+    for at_once in (False, True):
+        run = runs(at_once=at_once)
+        followed = [Followed(shard) for shard in run.shards.all]
+        run.rounds(2 * ROUNDS + at_once)
+        described(run)
+        run.rounds(2 * ROUNDS + 1 - at_once)
+        for each, shard in zip(followed, run.shards.all, strict=True):
+            control, bits = each.ended()
+            assert replace(control, highest_round=control.round) == shard.host.control_state
+            assert bits == run.bits(shard)
+            each.close()
+        run.log.clear()
+        ends.append(run.ended())
+    assert ends[0] == ends[1] and any(ahead)
+
+
+def test_a_standby_that_is_lost_leaves_the_rounds_to_go_on(
+    runs: Callable[..., Run], ahead: list[bool]
+) -> None:
+    run = runs(at_once=True)
+    followed = [Followed(shard) for shard in run.shards.all]
+    run.rounds(ROUNDS)
+    assert any(ahead)
+    for each in followed:
+        each.close()
+    run.rounds(2 * ROUNDS)
+    assert [shard.describe().replicated for shard in run.shards.all] == [None, None]
+    alone = runs(at_once=False)
+    alone.rounds(3 * ROUNDS)
+    assert list(map(run.bits, run.shards.all)) == list(map(alone.bits, alone.shards.all))
+
+
 def test_threads_that_spin_take_rounds_ahead_too(
     runs: Callable[..., Run], ahead: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,5 +362,6 @@ def test_a_step_that_breaks_off_breaks_the_shard_and_the_rounds_before_it_count(
     while not isinstance(run.log[-1], str):
         run.rounds()
     assert "ShardLost" in run.log[-1] and "none left" in run.log[-1]
-    for shard in run.shards.all:
-        assert (shard.describe().round, shard.describe().phase) == (run.round - 1, "broken")
+    descriptions = [shard.describe() for shard in run.shards.all]
+    broken = [each.round for each in descriptions if each.phase == "broken"]
+    assert broken and set(broken) == {run.round - 1}
