@@ -3,11 +3,13 @@ is sent and waited for.
 """
 
 from time import perf_counter
+from typing import cast
 
 from distnadam.backends.base import Pending, Refused
 from distnadam.client.gradient_buffer import GradientBuffer
 from distnadam.client.in_flight_push import InFlightPush
 from distnadam.client.worker_session import WorkerSession
+from distnadam.protocol.messages import RoundResult
 from distnadam.protocol.round_settings import ORDINARY, RoundSettings
 
 
@@ -38,9 +40,9 @@ def step_at_once(
             push.parts(session.ranges),
             push.settings,
         )
-        if isinstance(ended, Pending):
-            push.pending = ended
-        elif ended is not None and ended.rewound == session.rewinds.known:
+        if type(ended) is not RoundResult:
+            push.pending = cast(Pending | None, ended)
+        elif ended.rewound == session.rewinds.known:
             session.stand(ended)
             session.is_readable = True
             session.in_flight = None
