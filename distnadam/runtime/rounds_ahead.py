@@ -7,6 +7,7 @@ round must be for this, and how it is counted, `shard/ordinary.py` says, and a f
 than the expected one goes the usual way.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from time import perf_counter
@@ -23,6 +24,9 @@ from distnadam.runtime.shard_kernel import ShardKernel, StepsAhead
 from distnadam.shard.effects import Replicate
 from distnadam.shard.machine import Shard
 from distnadam.shard.ordinary import count_ahead, may_go_ahead
+
+_STEPS = 16
+"""Steps whose scalars are computed at a time."""
 
 
 def rounds_ahead(
@@ -88,7 +92,7 @@ class RoundsAhead:
         self._clock = shard.progress.clock
         self._active = shard.state.active
         self._rounds = 0  # that are not counted yet
-        self._scalars: StepScalars | None = None  # of the next
+        self._scalars: deque[StepScalars] = deque()  # of the next steps
         progress = shard.progress
         self._result = replace(
             progress.result(want_parameters=False), outcome="applied", revision=progress.revision
@@ -99,9 +103,17 @@ class RoundsAhead:
         self._on_error = on_error
 
     def prepare(self) -> None:
-        """Compute what the next step needs."""
-        if not callable(self._config.lr):  # which is asked for the rate when it is due
-            self._scalars = step_scalars(self._clock, self._config)
+        """Compute what the next step needs, if that is not there: of some steps at a time, which
+        costs less than of each by itself between two waits.
+        """
+        if not (self._scalars or callable(self._config.lr)):
+            self._compute_scalars(_STEPS)
+
+    def _compute_scalars(self, steps: int) -> None:
+        clock = self._clock
+        for _ in range(steps):
+            self._scalars.append(step_scalars(clock, self._config))
+            clock = self._scalars[-1].after
 
     def take(self, frames: Sequence[bytes]) -> Sequence[bytes] | None:
         """Step the next round, whose pushes came in these frames' bodies, and return the answers;
@@ -111,46 +123,45 @@ class RoundsAhead:
         for frame, body, last in zip(frames, self._bodies, self._numbers, strict=True):
             if frame != body(last + 1, number):
                 return None
-        try:
-            scalars = self._scalars or step_scalars(self._clock, self._config)
-        except DistNadamError:
-            return None
+        if not self._scalars:  # a function is asked for the rate when that is due
+            try:
+                self._compute_scalars(1)
+            except DistNadamError:
+                return None
         outbox, replicator = self._outbox, self._replicator
         if self._stream is not None:
             replicator.memory_for_mean()  # waits until the standby can take the round
-        with outbox.lock:
-            is_still = outbox.put_off == self.count and replicator.stream is self._stream
-            if not is_still or not outbox.may_begin:
-                return None
-            try:
-                self._step(number, scalars)
-            except BaseException as raised:
-                error = raised
-            else:
-                if self._stream is not None:
-                    replicator.replicate(Replicate(self._record(number)))
-                    if not outbox.may_begin:
-                        return None  # it was lost, and the supervisor is to know that first
-                return self._answers()
-        self._on_error(error)
-        return None
+        try:
+            with outbox.lock:
+                if outbox.put_off != self.count or replicator.stream is not self._stream:
+                    return None
+                return self._take(number) if outbox.may_begin else None
+        except BaseException as error:
+            self._on_error(error)
+            return None
+
+    def _take(self, number: int) -> Sequence[bytes] | None:
+        self._step(number, self._scalars[0])
+        if self._stream is not None:
+            self._replicator.replicate(Replicate(self._record(number)))
+            if not self._outbox.may_begin:
+                return None  # the standby was lost, and the supervisor is to know that first
+        first, *others = self._numbers
+        answer = pack(first, self._result)
+        return [answer, *[renumbered(answer, other) for other in others]]
 
     def _step(self, number: int, scalars: StepScalars) -> None:
         began = perf_counter()
         self._steps.step(self._active, scalars)
         self._on_step(perf_counter() - began)
         self._rounds += 1
-        self._clock, self._scalars = scalars.after, None
+        self._scalars.popleft()
+        self._clock = scalars.after
         self._active = 1 - self._active
         self._numbers = [last + 1 for last in self._numbers]
         result = self._result
         result.round, result.iterations = number, scalars.after.iterations
         result.lr, result.buffer = scalars.lr, self._active
-
-    def _answers(self) -> Sequence[bytes]:
-        first, *others = self._numbers
-        answer = pack(first, self._result)
-        return [answer, *[renumbered(answer, other) for other in others]]
 
     def _record(self, number: int) -> ReplicatedRound:
         """Return what `Progress.record` would of the round that was stepped last."""

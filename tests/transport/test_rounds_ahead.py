@@ -213,6 +213,7 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     so that some are wherever this runs.
     """
     monkeypatch.setattr(connection, "_AWAITED", struct.pack("@ll", 0, 500_000))
+    monkeypatch.setattr(shm_server, "AWAIT_S", 0.5)
     taken: list[bool] = []
     take = RoundsAhead.take
 
