@@ -178,8 +178,8 @@ class ShmServer:
         )
         self._answered.clear()
         self._deliver(message, reply, run_in_this_thread)
-        if len(self._answered) == len(self._workers) and self._at_once is not None:
-            self._expected = self._answered[::-1]
+        if len(self._answered) >= min(2, len(self._workers)) and self._at_once is not None:
+            self._expected = self._answered[::-1]  # a round's workers
 
     def _take_rounds(self) -> bool:
         """Take rounds while the pushes of each come soon, for a moment; return whether those of the
