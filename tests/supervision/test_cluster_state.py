@@ -129,6 +129,31 @@ def test_a_departed_worker_needs_no_finishing(cluster: ClusterState) -> None:
     assert cluster.dead_ranks[1].finished
 
 
+def test_a_successor_steps_in_the_place_of_a_standby_however_that_goes(
+    cluster: ClusterState,
+) -> None:
+    standby, successor, another = (ShardProcess(0, name, None) for name in ("a", "b", "c"))
+    cluster.add_standby(standby)
+    cluster.add_standby(successor)
+    assert (cluster.standbys, cluster.successors) == ({0: standby}, {0: successor})
+    cluster.process_died(successor)
+    assert (cluster.standbys, cluster.successors) == ({0: standby}, {})
+    cluster.add_standby(another)
+    cluster.drop_standby(standby)
+    assert (cluster.standbys, cluster.successors) == ({0: another}, {})
+
+
+def test_what_is_known_of_processes_that_are_gone_goes_with_them(cluster: ClusterState) -> None:
+    """A handle of an actor has Ray keep what it has of it."""
+    gone, standby = ShardProcess(0, "gone", None), ShardProcess(0, "standby", None)
+    cluster.add_standby(standby)
+    some = (cluster.dead, cluster.fenced, cluster.stale, cluster.unfilled)
+    for known in some:
+        known.update([gone, standby, cluster.shards[1]])
+    cluster.forget_gone()
+    assert all(known == {standby, cluster.shards[1]} for known in some)
+
+
 def test_a_dead_standby_is_forgotten_and_a_dead_shard_is_missing(cluster: ClusterState) -> None:
     standby = ShardProcess(0, "standby", None)
     cluster.standbys = {0: standby}

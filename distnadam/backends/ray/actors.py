@@ -6,6 +6,7 @@ restarts no actor but a named optimizer's supervisor.
 
 import zlib
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import ray
@@ -45,6 +46,7 @@ _end_processes = ray.remote(end_processes)
 _process_start_time = ray.remote(process_start_time)
 
 
+@lru_cache(maxsize=256)  # Ray keeps every class that a process gives it, some 150 KiB each
 def _titled(actor: type, *title: object) -> Any:
     """Return an actor's class of this name, by which Ray calls its process and what it prints."""
     name = " ".join([PREFIX, *filter(None, map(str, title))])

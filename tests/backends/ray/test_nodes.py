@@ -1,7 +1,8 @@
-"""Why an actor did not start, as users get it. No Ray runs."""
+"""Why an actor did not start, as users get it, and what Ray is given to start it. No Ray runs."""
 
 from ray.exceptions import RayActorError
 
+from distnadam.backends.ray.actors import _titled
 from distnadam.backends.ray.nodes import start_error
 from distnadam.errors import ShardLost, VersionMismatch
 
@@ -18,3 +19,9 @@ def test_a_node_that_lacks_a_package_is_named() -> None:
     ours = start_error(RayActorError(error_msg=reason))
     assert isinstance(ours, VersionMismatch)
     assert "node 10.0.0.7 lacks the package 'numba'" in str(ours)
+
+
+def test_ray_is_given_a_class_of_a_title_once() -> None:
+    """It keeps each one for as long as the process lives, and a supervisor starts many shards."""
+    assert _titled(list, "Shard", 1) is _titled(list, "Shard", 1)
+    assert _titled(list, "Shard", 1) is not _titled(list, "Shard", 2)
