@@ -8,6 +8,11 @@ metrics.csv and events.jsonl, keeps its history, looks at its shards, and calls 
 one that is not does none of this, but its ranks take the times of phases, as they always do, which
 the loop of one's own does not. All step a perceptron of 10^5 parameters in this process, in turns;
 what counts is the ratio of turns of one round. The start and the end of a run are left out.
+
+The first table says what the parts of watching take of a run's own CPU time, each by the time of
+the thread that it runs in. It is the steadier one, but lacks the times that ranks take and what
+watching displaces from caches; and where other work starves a run, too much is seen of the panel
+and of looks, which go by the clock, and of reports, since bursts have fewer steps.
 """
 
 import argparse
@@ -29,11 +34,13 @@ from unittest.mock import patch
 
 import numpy as np
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
 from typing_extensions import override
 
 from distnadam import DistNadam, Options, fit
 from distnadam.callbacks import CSVLogger, EarlyStopping, ReduceLROnPlateau
+from distnadam.training import run
 from distnadam.training.callbacks import Callback
 from distnadam.training.steps import StepRecord
 
@@ -155,6 +162,25 @@ def by_fit(task: Perceptron, steps: int, *, callbacks: Sequence[Callback], verbo
         )
 
 
+class Parts:
+    """Adds up the CPU seconds of the parts of watching, in whichever thread each runs."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(("reports", "looks", "panel"), 0.0)
+
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that does the same, and whose time is added."""
+
+        def call(*args: Any, **named: Any) -> Any:
+            began = time.thread_time()
+            try:
+                return function(*args, **named)
+            finally:
+                self.seconds[part] += time.thread_time() - began
+
+        return call
+
+
 def watched(task: Perceptron, steps: int) -> Spent:
     """Step by `fit`, with the panel and callbacks."""
     clock = Clock(steps)
@@ -163,6 +189,29 @@ def watched(task: Perceptron, steps: int) -> Spent:
         callbacks = [logger, EarlyStopping("loss"), ReduceLROnPlateau("loss"), Timer(clock)]
         by_fit(task, steps, callbacks=callbacks, verbose=1)
     return clock.spent
+
+
+def shares(task: Perceptron, steps: int, rounds: int) -> list[dict[str, Any]]:
+    """Return a row for each part of watching: its median share of the CPU time of a run."""
+    found: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        parts = Parts()
+        with (
+            patch.object(run, "report_steps", parts.timed("reports", run.report_steps)),
+            patch.object(run.Watch, "look", parts.timed("looks", run.Watch.look)),
+            patch.object(Live, "refresh", parts.timed("panel", Live.refresh)),
+        ):
+            began = time.process_time()
+            watched(task, steps)
+            whole = time.process_time() - began
+        for part, seconds in parts.seconds.items():
+            found.setdefault(part, []).append(100 * seconds / whole)
+        found.setdefault("all", []).append(100 * sum(parts.seconds.values()) / whole)
+    rows = []
+    for part, each in found.items():
+        share, low, high = interval(each)
+        rows.append({"part": part, "% of the CPU time": share, "from": low, "to": high})
+    return rows
 
 
 class Blind(Callback):
@@ -270,16 +319,22 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128, help="samples, which set a step's time")
     parser.add_argument("--steps", type=int, default=1000, help="of a turn")
     parser.add_argument("--rounds", type=int, default=40, help="turns of each side")
+    parser.add_argument("--parts", action="store_true", help="the parts of a run's time alone")
     parser.add_argument("--out", help="a file for the rows, as JSON")
     args = parser.parse_args()
-    rows = measure(args.batch, args.steps, args.rounds)
-    table = Table(*rows[0], title="10^5 parameters, one worker, in this process")
-    for row in rows:
-        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
-    Console(width=110).print(table)
+    with terminal():
+        parts = shares(Perceptron(args.batch), 5 * args.steps, max(1, args.rounds // 5))
+    found = {"parts": parts}
+    if not args.parts:
+        found["steps"] = measure(args.batch, args.steps, args.rounds)
+    for rows in found.values():
+        table = Table(*rows[0], title="10^5 parameters, one worker, in this process")
+        for row in rows:
+            table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+        Console(width=110).print(table)
     if args.out:
         with open(args.out, "w") as file:
-            json.dump(rows, file, indent=1)
+            json.dump(found, file, indent=1)
 
 
 if __name__ == "__main__":
