@@ -29,7 +29,8 @@ def report_steps(
         apply_s: of the shards' step, as they measure it.
     """
     history.step_seconds += seconds
-    callbacks.report([StepRecord.of(step + 1, seen.get(step, {}), apply_s) for step in steps])
+    records = [StepRecord.of(step + 1, seen.get(step, {}), apply_s) for step in steps]
+    callbacks.report(tuple(records))  # which no callback can change for the others
 
 
 def report_incomplete(
