@@ -105,6 +105,10 @@ class EarlyStopping(EpochCallback):
         self._best = None  # at the first need, from what `_keep` has saved
 
     @override
+    def stops_again(self) -> bool:
+        return self.wait >= self._patience
+
+    @override
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         if epoch < self._first:
             return

@@ -54,6 +54,12 @@ class Callback:
         before; when it goes back to its beginning, that of the beginning.
         """
 
+    def stops_again(self) -> bool:
+        """Return whether it stops a run that resumes from where it stopped it; asked after
+        `load_state`. False where it is set otherwise now, and would not have.
+        """
+        return True
+
     def on_begin(self, step: int, steps: int) -> None:
         """Training begins, or begins again, after `step` of `steps` steps."""
 
@@ -144,19 +150,21 @@ class CallbackList(Callback):
         Raises:
             TrainingError: one does not take what was saved under its name.
         """
-        states = (saved or {}).get(_KEY, {})
+        states, decided = (saved or {}).get(_KEY, {}), (saved or {}).get(_STOPS, {})
+        stops: dict[str | None, str] = {}
         for name, callback in self._named.items():
             state = states.get(name, self._initial[name])
             try:
                 callback.load_state(deepcopy(state))
+                if name in decided and callback.stops_again():
+                    stops[name] = decided[name]
             except Exception as error:
                 raise TrainingError(
                     f"callback {name}.load_state: it raised {type(error).__name__}: {error}; the "
                     f"checkpoint has {state!r} for it: resume with the callbacks that it was saved "
                     "with, or begin anew"
                 ) from error
-        kept = (saved or {}).get(_STOPS, {}).items()
-        self.run.stops = {name: why for name, why in kept if name in self._named}
+        self.run.stops = stops
 
     def _states(self) -> dict[str, dict[str, Any]]:
         return {name: _state_of(name, callback) for name, callback in self._named.items()}

@@ -62,7 +62,7 @@ class RunHandle:
         """End the run after the running steps, with a checkpoint; `fit` returns as at its end.
 
         Checkpoints from then on know of it: a run that resumes from one, with that callback, is
-        over too. Without it, it goes on.
+        over too, unless its `stops_again` says otherwise. Without it, it goes on.
         """
         self.stops.setdefault(self.calls, reason)
 

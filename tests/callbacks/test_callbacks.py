@@ -228,6 +228,16 @@ def test_a_decision_to_stop_is_kept_as_long_as_its_callback_is_there(tmp_path: P
     assert (without.outcome, without.steps[0]) == ("finished", first.steps[-1] + 1)
 
 
+def test_a_run_that_was_stopped_goes_on_with_more_patience(tmp_path: Path) -> None:
+    def resumed(patience: int, *values: float) -> Any:
+        stop = EarlyStopping(patience=patience)
+        return train(tmp_path, 20, Scripted(list(values)), evaluate_every=2, callbacks=[stop])
+
+    assert resumed(2, 1.0, 2.0, 3.0).steps[-1] == 6
+    assert resumed(2).steps == []
+    assert resumed(4, 3.0, 4.0).steps == [7, 8, 9, 10], "two epochs more"
+
+
 def test_a_decision_after_the_checkpoint_that_a_run_goes_back_to_is_made_again() -> None:
     handle = RunHandle(directory=Path(), task="t", steps=9, num_workers=1)
     stop = LambdaCallback(on_train_batch_end=lambda batch, logs: handle.stop("enough"))
