@@ -115,7 +115,7 @@ class NadamConfig:
                 "both be set: give one of them"
             )
         if self.pull_dtype is not None:
-            object.__setattr__(self, "pull_dtype", _check_pull_dtype(self.pull_dtype))
+            object.__setattr__(self, "pull_dtype", check_bfloat16("pull_dtype", self.pull_dtype))
 
     def _check_formula(self) -> None:
         known = get_args(Formula)
@@ -222,13 +222,16 @@ class NadamConfig:
         return cls(**{**data, "lr": rate_from(data["lr"])})
 
 
-def _check_pull_dtype(given: Any) -> PullDtype:
+def check_bfloat16(what: str, given: Any) -> PullDtype:
+    """Return the name of the dtype to which numbers may be rounded on their way; raise ConfigError
+    for any other.
+    """
     if isinstance(given, str) and given == "bfloat16":
         return "bfloat16"
     name = str(getattr(given, "__name__", given)).rpartition(".")[2]  # of a type, or of torch's
     why = {
         "bfloat16": "; give its name, a str",
-        "float16": ": parameters beyond 65504 would be infinite in float16",
-        "float32": "; None is each parameter's own",
+        "float16": ": numbers beyond 65504 would be infinite in float16",
+        "float32": "; None is each tensor's own",
     }.get(name, "")
-    raise ConfigError(f"pull_dtype must be None or 'bfloat16', got {given!r}{why}")
+    raise ConfigError(f"{what} must be None or 'bfloat16', got {given!r}{why}")

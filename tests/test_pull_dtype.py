@@ -207,9 +207,9 @@ def test_fit_trains_on_rounded_parameters_and_evaluates_and_resumes_the_masters(
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ("float16", "'float16': parameters beyond 65504 would be infinite in float16"),
+        ("float16", "'float16': numbers beyond 65504 would be infinite in float16"),
         (np.float16, "65504"),
-        ("float32", "'float32'; None is each parameter's own"),
+        ("float32", "'float32'; None is each tensor's own"),
         ("bf16", "'bf16'"),
         ("", "''"),
         (16, "16"),

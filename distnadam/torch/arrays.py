@@ -1,5 +1,6 @@
 """NumPy's memory as torch's tensors and back, without a copy. Nothing of optimizers."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -44,8 +45,17 @@ def as_array(tensor: torch.Tensor) -> Array:
 
 
 def bits_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a view of a tensor as integers."""
-    return tensor.detach().view(BITS[tensor.element_size()])
+    """Return a tensor's numbers as integers, a view unless torch has it negated (`is_neg`)."""
+    return tensor.detach().resolve_neg().view(BITS[tensor.element_size()])
+
+
+def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Copy tensors into others, together unless torch has one of those negated (`is_neg`)."""
+    if not any(map(torch.Tensor.is_neg, targets)):
+        torch._foreach_copy_(targets, sources)
+        return
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
 
 
 def digest_of(tensor: torch.Tensor) -> str:

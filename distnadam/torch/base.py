@@ -10,7 +10,7 @@ from distnadam.checks import check_as, check_flag
 from distnadam.config import BackendName, Options
 from distnadam.errors import ConfigError, LifecycleError
 from distnadam.frontends.ranks import find_place
-from distnadam.hyperparameters import Formula
+from distnadam.hyperparameters import Formula, PullDtype, check_bfloat16
 from distnadam.torch.groups import check_formula, check_names, check_values, formula_of
 from distnadam.torch.held import Held
 from distnadam.torch.shards import Shards
@@ -25,6 +25,13 @@ def _outside_graphs(method: _F) -> _F:
     return compiled
 
 
+def _check_rounding(what: str, given: Any) -> PullDtype | None:
+    """Return the dtype to which numbers are rounded on their way, torch's or its name."""
+    if given is None or given is torch.bfloat16:
+        return None if given is None else "bfloat16"
+    return check_bfloat16(what, given)
+
+
 class BaseOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
     """What the optimizers have in common; make one of its subclasses.
 
@@ -32,7 +39,8 @@ class BaseOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
     the first step moves each into the shards' memory, if nobody else has the memory that it has
     (nor ever took `.numpy()` of it), it has the dtype in which it is stepped, float32 or float64,
     and torch would not align its new place better. All others are compared with what the last step
-    left in them, and copied, which costs as much as the step.
+    left in them, and copied, which costs as much as the step. NumPy reads all of them on the CPU,
+    after which torch resizes their storages no more (`untyped_storage().resize_`).
 
     Args:
         params: tensors, (name, tensor) pairs as `named_parameters()` yields them, or groups.
@@ -47,6 +55,11 @@ class BaseOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
             benchmarks.hosts`). Within a host it hides nothing, since hooks copy gradients in the
             backward pass without it too (`benchmarks.torch_step`), and on a GPU it cost more than
             it hid (`benchmarks.cuda_copies`: 24 ms in place of 19 at 10^7 parameters).
+        pull_dtype: "bfloat16" has float32 parameters be what the shards' float32 masters round to
+            in bfloat16, from the first step on: half the bytes come from shards. `state` and
+            checkpoints have the masters; what is written into a tensor becomes its master.
+        push_dtype: "bfloat16" has each rank's gradients rounded to it, to the nearest even, at
+            `step`: half the bytes go to shards, which sum them in float32. `.grad` stays as it is.
     """
 
     _formula: ClassVar[Formula]
@@ -64,6 +77,8 @@ class BaseOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
         name: str | None = None,
         options: Options | None = None,
         overlap: bool = False,
+        pull_dtype: PullDtype | torch.dtype | None = None,
+        push_dtype: PullDtype | torch.dtype | None = None,
     ) -> None:
         check_values(defaults)
         self._made: dict[str, Any] = {
@@ -75,7 +90,14 @@ class BaseOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
             "name": name,
             "options": options,
             "overlap": check_flag("overlap", overlap),
+            "pull_dtype": _check_rounding("pull_dtype", pull_dtype),
+            "push_dtype": _check_rounding("push_dtype", push_dtype),
         }
+        if self._made["overlap"] and push_dtype is not None:
+            raise ConfigError(
+                f"push_dtype={push_dtype!r}: overlap=True sends each gradient by itself, in "
+                "float32: leave one of the two out"
+            )
         self._open()
         super().__init__(params, defaults)
         self._held.rejoin(self._held.settings(self.param_groups))
@@ -84,8 +106,10 @@ class BaseOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
         """Have shards, not yet built, as `_made` says."""
         topology = dict(self._made)
         options, overlap = Options.of(topology.pop("options")), topology.pop("overlap")
+        pull_dtype, push_dtype = topology.pop("pull_dtype"), topology.pop("push_dtype")
         place = find_place(topology.pop("rank"), topology.pop("num_workers"))
-        held = Held(Shards(self._formula, place, topology, options), overlap=overlap)
+        shards = Shards(self._formula, place, topology, options, pull_dtype)
+        held = Held(shards, overlap=overlap, push_dtype=push_dtype)
         self._held = held
         weakref.finalize(self, held.drop).atexit = False  # the shards close themselves then
 

@@ -41,7 +41,13 @@ def _plain(value: Any) -> Any:
     return float(value) if isinstance(value, torch.Tensor) else value
 
 
-def read_checkpoint(path: str, tensors: Mapping[str, torch.Tensor], *, has_product: bool) -> Loaded:
+def read_checkpoint(
+    path: str,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    has_product: bool,
+    pull_dtype: str | None,
+) -> Loaded:
     """Return what a checkpoint holds of these tensors, every byte verified.
 
     Raises:
@@ -60,7 +66,9 @@ def read_checkpoint(path: str, tensors: Mapping[str, torch.Tensor], *, has_produ
             )
     names = [spec.path for spec in found.layout.tensors]
     slots = found.m, found.v, found.params
-    state = state_from(names, found.clock, *slots, tensors, has_product=has_product)
+    state = state_from(
+        names, found.clock, *slots, tensors, has_product=has_product, pull_dtype=pull_dtype
+    )
     return Loaded(dict(zip(names, found.params, strict=True)), state, manifest.user_data.get(_KEY))
 
 

@@ -17,7 +17,7 @@ import torch
 
 from distnadam.errors import LifecycleError
 from distnadam.tensors.arrays import Array
-from distnadam.torch.arrays import as_array, bits_of
+from distnadam.torch.arrays import as_array, as_torch, bits_of, copy_all
 
 log = logging.getLogger("distnadam")
 
@@ -265,7 +265,7 @@ class HandedOut:
         self._runs = runs_of(arrays)
         self._flats, values = [], [torch.empty(0)] * len(arrays)
         for run in self._runs:
-            dtype = tensors[run[0]].dtype
+            dtype = as_torch(arrays[run[0]]).dtype
             flat = torch.empty(
                 sum(tensors[i].numel() for i in run), dtype=dtype, device=self._device
             )
@@ -296,7 +296,7 @@ class HandedOut:
         for on_device, memory in copies:
             on_device.copy_(memory, non_blocking=True)
         if tensors is not None:
-            torch._foreach_copy_([tensors[i] for i in self._filled], self._values)
+            copy_all([tensors[i] for i in self._filled], self._values)
         self._done.record(torch.cuda.current_stream(self._device))
 
     def wait(self) -> None:
@@ -308,21 +308,24 @@ class HandedOut:
         self.wait()
         if not self._runs:
             return []
-        flags = []
+        values, flags = dict(zip(self._filled, self._values, strict=True)), []
         for run, flat in zip(self._runs, self._flats, strict=True):
+            if any(tensors[index].dtype != values[index].dtype for index in run):  # rounded
+                pairs = ((bits_of(tensors[i]), bits_of(values[i].to(tensors[i]))) for i in run)
+                flags.append(torch.stack([(now != given).any() for now, given in pairs]).any())
+                continue
             parts = [bits_of(tensors[index]).reshape(-1) for index in run]
             now = parts[0] if len(parts) == 1 else torch.cat(parts)
             flags.append((now != flat).any())
         differing = torch.stack(flags).tolist()
         if not any(differing):
             return []
-        values = dict(zip(self._filled, self._values, strict=True))
         runs = (run for run, differs in zip(self._runs, differing, strict=True) if differs)
         return sorted(
             index
             for run in runs
             for index in run
-            if not torch.equal(bits_of(tensors[index]), bits_of(values[index]))
+            if not torch.equal(bits_of(tensors[index]), bits_of(values[index].to(tensors[index])))
         )
 
 

@@ -28,6 +28,7 @@ from distnadam.torch.state_dict import (
     check_state,
     digest,
     flat_of,
+    has_master,
     masters_of,
     new_state,
     same,
@@ -41,6 +42,7 @@ class Held:
     Args:
         shards: not yet built.
         overlap: whether gradients are sent as the backward pass yields them.
+        push_dtype: to which gradients are rounded; None: they are not.
 
     Attributes:
         names: of the tensors.
@@ -50,8 +52,11 @@ class Held:
         overflowed: whether the last round was skipped by a vote.
     """
 
-    def __init__(self, shards: Shards, *, overlap: bool = False) -> None:
+    def __init__(
+        self, shards: Shards, *, overlap: bool = False, push_dtype: str | None = None
+    ) -> None:
         self.shards = shards
+        self._push_dtype = push_dtype
         self._overlap = overlap
         self.vote = False
         self.overflowed = False
@@ -103,6 +108,7 @@ class Held:
                     moments,
                     self._by_name(),
                     has_product=self.has_product,
+                    pull_dtype=self.shards.pull_dtype,
                 )
             else:
                 self._state = new_state(self._tensors, has_product=self.has_product)
@@ -123,10 +129,13 @@ class Held:
         others = {k: v for k, v in state.items() if k not in self.names}
         for tensor, each in state.items():
             if tensor in full:
-                full[tensor] |= {k: _as_tensor(v) for k, v in each.items() if k in full[tensor]}
+                known = {*full[tensor]}
+                if has_master(tensor, self.shards.pull_dtype):
+                    known.add(MASTER)
+                full[tensor] |= {k: _as_tensor(v) for k, v in each.items() if k in known}
         now = self.state()
         for tensor, each in full.items():  # torch's own classes have no masters
-            if MASTER in each and MASTER not in state.get(tensor, {}):
+            if MASTER in now[tensor] and MASTER not in state.get(tensor, {}):
                 each[MASTER] = now[tensor][MASTER]
         if all(same(full[tensor], now[tensor]) for tensor in full):
             now |= others
@@ -232,7 +241,7 @@ class Held:
     def _open(self, parameters: Parameters, *, in_place: bool) -> "_Running":
         gradients = Gradients(self._names, self._tensors)
         dtypes = {tensor.dtype for tensor in self._tensors} - {torch.float64}
-        half = HALF.get(dtypes.pop()) if len(dtypes) == 1 else None
+        half = self._push_dtype or (HALF.get(dtypes.pop()) if len(dtypes) == 1 else None)
         # On a GPU gradients cross to their slots, unless pieces of them then go on to other hosts.
         is_here = device_of(self._tensors) is None
         self._is_pushed = self._overlap and (is_here or self.shards.are_far)
@@ -282,7 +291,7 @@ class Held:
             check_state(state, self.names)
             state_of = flat_of(self.shards.layout, state, self._by_name(), beta_1=beta_1)
             words.append(f"the state ({digest(state, self._tensors)})")
-            exact = masters_of(state, self._by_name())
+            exact = masters_of(state, self._by_name(), self.shards.pull_dtype)
         params = parameters.as_tree() | exact if changed or exact else None
         names = frozenset(self._names[index] for index in changed) | exact.keys()
         try:
@@ -311,7 +320,12 @@ class Held:
         self, path: str, num_groups: int, buffers: Mapping[str, torch.Tensor]
     ) -> list[dict[str, Any]]:
         """Take parameters, state and buffers from a checkpoint; return the groups' settings."""
-        loaded = read_checkpoint(path, self._by_name(), has_product=self.has_product)
+        loaded = read_checkpoint(
+            path,
+            self._by_name(),
+            has_product=self.has_product,
+            pull_dtype=self.shards.pull_dtype,
+        )
         groups, kept = check_beside(loaded.beside, num_groups, buffers)
         with torch.no_grad():
             for name, tensor in self._by_name().items():

@@ -21,7 +21,8 @@ class DistNadam(BaseOptimizer):
         decoupled_weight_decay: whether weight decay is apart from the gradient, as AdamW's.
         maximize: step along the gradient.
         others: rank, num_workers, num_shards, replicas, backend, name and options, which are as
-            `distnadam.DistNadam` has them and may all be left out.
+            `distnadam.DistNadam` has them, and overlap, pull_dtype and push_dtype, as
+            `BaseOptimizer`; all may be left out.
 
     Raises:
         ConfigError: (a ValueError) a setting is out of its range, in torch's own words.

@@ -20,7 +20,7 @@ from torch.autograd.graph import increment_version
 from distnadam.errors import StructureError
 from distnadam.frontends.changes import in_words
 from distnadam.tensors.arrays import Array
-from distnadam.torch.arrays import as_torch, bits_of, digest_of
+from distnadam.torch.arrays import as_torch, bits_of, copy_all, digest_of
 from distnadam.torch.device_copies import HandedOut, PinnedMemory, device_of
 
 
@@ -88,10 +88,11 @@ class Parameters:
         is moved back.
         """
         are_there = list(map(_data_ptr, self._slots)) == self._slot_places  # also in shared memory
-        if are_there and all(map(_is_set_to, self._moved, self._slots)):
+        is_same = are_there and all(map(_is_set_to, self._moved, self._slots))
+        if is_same and not any(map(_is_neg, self._moved)):
             return False
         for tensor, slot in zip(self._moved, self._slots, strict=True):
-            if are_there and _is_set_to(tensor, slot):
+            if are_there and _is_set_to(tensor, slot) and not tensor.is_neg():
                 continue
             is_free = are_there and _num_users(slot) == 1
             if not (is_free and _has_own_memory(tensor) and _fits(tensor, slot)):
@@ -114,8 +115,8 @@ class Parameters:
         if self._on_device is not None:
             return self._on_device.changed(self.tensors)
         handed = self._handed
-        if not self._is_plain:
-            values = [handed.values[i].to(self.tensors[i].device) for i in self._copied]
+        if not (self._is_plain and handed.is_plain):
+            values = [handed.values[i].to(self.tensors[i]) for i in self._copied]
             return [
                 i
                 for i, value in zip(self._copied, values, strict=True)
@@ -145,12 +146,12 @@ class Parameters:
         handed = self._handed = self._of(arrays)
         if self._on_device is not None:
             self._on_device.take(handed.copies, self.tensors)
-        elif self._is_plain:
+        elif self._is_plain and handed.is_plain:
             for i, place in zip(self._copied, self._places, strict=True):
                 _memmove(place, handed.places[i], self._sizes[i])
         else:
             sources = [handed.values[i] for i in self._copied]
-            torch._foreach_copy_([self.tensors[i] for i in self._copied], sources)
+            copy_all([self.tensors[i] for i in self._copied], sources)
 
     def hand_out(self, tree: dict[str, Any]) -> None:
         """Take the shards' parameters to be what the tensors hold already."""
@@ -177,10 +178,12 @@ class Parameters:
             self._trees = [*self._trees[-1:], handed]
             return handed
         values = [
-            as_torch(array).to(tensor.device, tensor.dtype)
+            as_torch(array).to(tensor.device)  # not in its dtype: a copy would stay as it is
             for array, tensor in zip(arrays, self.tensors, strict=True)
         ]
-        handed = _Handed(arrays, values, [value.data_ptr() for value in values], version)
+        is_plain = all(v.dtype == t.dtype for v, t in zip(values, self.tensors, strict=True))
+        places = [value.data_ptr() for value in values]
+        handed = _Handed(arrays, values, places, version, is_plain=is_plain)
         if all(tensor.device.type == "cpu" for tensor in self.tensors):
             self._trees = [*self._trees[-1:], handed]
         return handed
@@ -212,21 +215,25 @@ class Parameters:
                 self._hand_out(self._handed.arrays)
         self._places = [tensor.data_ptr() for tensor in tensors]
         self._is_plain = all(
-            tensor.is_contiguous() and tensor.is_cpu and (place or not tensor.numel())
+            tensor.is_contiguous()
+            and tensor.is_cpu
+            and not tensor.is_neg()  # its memory holds other numbers
+            and (place or not tensor.numel())
             for tensor, place in zip(tensors, self._places, strict=True)
         )
 
 
 @dataclass(frozen=True)
 class _Handed:
-    """A worker's parameters in order: its arrays, the same as tensors, and where these lie; or
-    what is copied to a device."""
+    """A worker's parameters in order: its arrays, the same as tensors, where these lie, and whether
+    all are in the model's dtypes; or what is copied to a device."""
 
     arrays: list[Any]
     values: list[torch.Tensor]
     places: list[int]
     version: int
     copies: Sequence[Any] = ()
+    is_plain: bool = True
 
 
 def _has_own_memory(tensor: torch.Tensor) -> bool:
@@ -269,7 +276,7 @@ def _num_users(tensor: torch.Tensor) -> int:
     return count - 1  # the storage of here
 
 
-_data_ptr, _is_set_to = torch.Tensor.data_ptr, torch.Tensor.is_set_to
+_data_ptr, _is_set_to, _is_neg = torch.Tensor.data_ptr, torch.Tensor.is_set_to, torch.Tensor.is_neg
 _ALONE = _storage_references(torch.empty(1))
 _ALIGNED = 64
 """Bytes to a multiple of which torch aligns memory."""

@@ -20,7 +20,7 @@ from distnadam.errors import ConfigError, StepTimeout, StructureError
 from distnadam.frontends import meeting
 from distnadam.frontends.changes import is_rounded, with_changed
 from distnadam.frontends.ranks import Place
-from distnadam.hyperparameters import Formula
+from distnadam.hyperparameters import Formula, PullDtype
 from distnadam.nadam.step_scalars import Clock
 from distnadam.optimizer import DistNadam
 from distnadam.tensors.arrays import Array, Flat
@@ -43,6 +43,7 @@ class Shards:
         place: this process's rank.
         topology: num_shards, replicas, backend and name.
         options: rare settings.
+        pull_dtype: to which parameters are rounded that ranks get; None: they are not.
 
     Raises:
         ConfigError: they are out of their range, or several ranks cannot find each other by them.
@@ -54,8 +55,10 @@ class Shards:
         place: Place,
         topology: Mapping[str, Any],
         options: Options,
+        pull_dtype: PullDtype | None = None,
     ) -> None:
         self.formula = formula
+        self.pull_dtype = pull_dtype
         self.place = place
         self._topology = Topology(num_workers=place.num_workers, **topology)
         if self.several and self._topology.backend == "local":
@@ -122,7 +125,7 @@ class Shards:
             beta_1=beta_1,
             beta_2=beta_2,
             options=self._options,
-            pull_dtype="bfloat16" if _is_bfloat16(params) else None,
+            pull_dtype="bfloat16" if _is_bfloat16(params) else self.pull_dtype,
             **settings.formula,
             **topology,
             **settings.config(),
@@ -147,27 +150,27 @@ class Shards:
         return True
 
     def _join(self, found: DistNadam, params: Mapping[str, Any], settings: Settings) -> None:
-        config, own = (
-            found.get_config(),
-            {"formula": self.formula, "clocks": "tensor", **settings.formula},
-        )
+        config = found.get_config()
+        own: dict[str, Any] = {"formula": self.formula, "clocks": "tensor", **settings.formula}
+        if not _is_all_bfloat16(params):  # else it changes no number, and rank 0's device decides
+            own["pull_dtype"] = self.pull_dtype
         for key, value in own.items():
-            if config[key] != value:
+            if (theirs := config.get(key)) != value:
                 raise ConfigError(
-                    f"rank {self.place.rank}: {key}={value!r}, and rank 0 has {config[key]!r}"
+                    f"rank {self.place.rank}: {key}={value!r}, and rank 0 has {theirs!r}"
                 )
         if config["num_workers"] != self.place.num_workers:
             raise ConfigError(
                 f"rank {self.place.rank}: num_workers={self.place.num_workers!r}, and {self._name} "
                 f"has {config['num_workers']!r}"
             )
-        theirs = {t.path: (t.shape, t.dtype) for t in found.shards.layout.tensors}
+        known = {t.path: (t.shape, t.dtype) for t in found.shards.layout.tensors}
         ours = {t.path: (t.shape, t.dtype) for t in Layout.of(dict(params)).tensors}
-        for path in {**theirs, **ours}:
-            if theirs.get(path) != ours.get(path):
+        for path in {**known, **ours}:
+            if known.get(path) != ours.get(path):
                 raise StructureError(
                     f"rank {self.place.rank}: {path!r} is {ours.get(path, 'not there')}, and rank "
-                    f"0's is {theirs.get(path, 'not there')}"
+                    f"0's is {known.get(path, 'not there')}"
                 )
         self._optimizer = found
         self.fixed = settings.formula
@@ -325,6 +328,8 @@ def _is_bfloat16(params: Mapping[str, torch.Tensor]) -> bool:
     """Whether a model is on a GPU, and all its tensors that workers may see in bfloat16 are of it,
     so that half the bytes cross, and none is rounded that is not rounded anyway.
     """
-    tensors = params.values()
-    is_half = {tensor.dtype for tensor in tensors} - {torch.float64} == {torch.bfloat16}
-    return is_half and device_of(list(tensors)) is not None
+    return _is_all_bfloat16(params) and device_of(list(params.values())) is not None
+
+
+def _is_all_bfloat16(params: Mapping[str, torch.Tensor]) -> bool:
+    return {tensor.dtype for tensor in params.values()} - {torch.float64} == {torch.bfloat16}

@@ -2,8 +2,8 @@
 
 torch.optim.NAdam keeps `step`, `mu_product`, `exp_avg` and `exp_avg_sq` of each parameter; Adam
 and AdamW have no `mu_product`. It is float64 here, as the shards have it; torch rounds it to the
-parameter's dtype where its class loads it. A parameter in half precision has a `master` too, the
-float32 numbers that it is rounded from.
+parameter's dtype where its class loads it. A parameter in half precision, or one that shards hand
+out rounded (`pull_dtype`), has a `master` too, the float32 numbers that it is rounded from.
 """
 
 from collections import defaultdict
@@ -29,8 +29,19 @@ _EXACT = 2**24
 """Steps that float32 counts."""
 
 
+def has_master(tensor: torch.Tensor, pull_dtype: str | None) -> bool:
+    """Whether a parameter that shards step holds rounded numbers, of which they have the master."""
+    return tensor.dtype in HALF or (pull_dtype is not None and tensor.dtype == torch.float32)
+
+
+def rounded(master: torch.Tensor, tensor: torch.Tensor, pull_dtype: str | None) -> torch.Tensor:
+    """Return what a parameter of this master holds, on the CPU."""
+    seen = master if pull_dtype is None else master.to(torch.bfloat16)
+    return seen.to(dtype=tensor.dtype, device="cpu")
+
+
 def new_state(tensors: Sequence[torch.Tensor], *, has_product: bool) -> State:
-    """Return the state before the first step."""
+    """Return the state before the first step, when a float32 parameter is its own master."""
     state: State = defaultdict(dict)
     for tensor in tensors:
         wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
@@ -50,21 +61,24 @@ def state_of(
     tensors: Mapping[str, torch.Tensor],
     *,
     has_product: bool,
+    pull_dtype: str | None,
 ) -> State:
     """Return the state of what the shards hold.
 
     Args:
         layout: the model's, whose paths are the names of the tensors.
         clock: the optimizer's.
-        moments: "m", "v", and "params" where a tensor is in half precision; the state takes them
-            over.
+        moments: "m", "v", and "params" where a tensor has a master; the state takes them over.
         tensors: the model's by name.
         has_product: whether the formula has a momentum schedule.
+        pull_dtype: to which shards round the parameters that they hand out.
     """
     names = [spec.path for spec in layout.tensors]
     m, v = (layout.views(moments[slot]) for slot in MOMENTS)
     params = layout.views(moments["params"]) if "params" in moments else m
-    return state_from(names, clock, m, v, params, tensors, has_product=has_product)
+    return state_from(
+        names, clock, m, v, params, tensors, has_product=has_product, pull_dtype=pull_dtype
+    )
 
 
 def state_from(
@@ -76,6 +90,7 @@ def state_from(
     tensors: Mapping[str, torch.Tensor],
     *,
     has_product: bool,
+    pull_dtype: str | None,
 ) -> State:
     """Return the state of moments and masters in the order of `names`; as `state_of`."""
     state: State = defaultdict(dict)
@@ -85,21 +100,23 @@ def state_from(
             **_clock(steps, product, has_product=has_product),
             **dict(zip(MOMENTS.values(), map(as_torch, moments), strict=True)),
         }
-        if tensors[name].dtype in HALF:
+        if has_master(tensors[name], pull_dtype):
             state[tensors[name]][MASTER] = as_torch(params[index])
     return state
 
 
-def masters_of(state: State, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def masters_of(
+    state: State, tensors: Mapping[str, torch.Tensor], pull_dtype: str | None
+) -> dict[str, torch.Tensor]:
     """Return the masters of a state by name, of the tensors that are what these round to: one that
     was changed since has no other master than itself.
     """
     found = {}
     for name, tensor in tensors.items():
         master = state.get(tensor, {}).get(MASTER)
-        if master is not None and tensor.dtype in HALF:
+        if master is not None and has_master(tensor, pull_dtype):
             held = tensor.detach().to("cpu")
-            if torch.equal(bits_of(held), bits_of(master.to(dtype=tensor.dtype, device="cpu"))):
+            if torch.equal(bits_of(held), bits_of(rounded(master, tensor, pull_dtype))):
                 found[name] = master
     return found
 

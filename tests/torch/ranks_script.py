@@ -112,6 +112,31 @@ def absent(seen: dict[str, Any]) -> None:
     seen["absent steps"] = [float(s["step"]) for s in optimizer.state.values()]
 
 
+def rounded(seen: dict[str, Any]) -> None:
+    """Have parameters and gradients be rounded on their way, and begin anew from a state_dict."""
+    rounding = {"pull_dtype": "bfloat16", "push_dtype": "bfloat16"}
+    model = make()
+    optimizer = ours.DistNadam(model.named_parameters(), lr=1e-3, num_shards=2, **rounding)
+    train(model, optimizer, 4)
+    resumed = make(9)
+    again = ours.DistNadam(resumed.named_parameters(), lr=1e-3, **rounding)
+    resumed.load_state_dict(model.state_dict())
+    again.load_state_dict(optimizer.state_dict())
+    train(resumed, again, 4, 2)
+    seen["rounded"] = [b.hex() for b in bits(resumed)]
+    state = again.state_dict()["state"]
+    masters = [state[index]["master"] for index in sorted(state)]
+    seen["rounded masters"] = [master.numpy().tobytes().hex() for master in masters]
+    seen["dtypes"] = [str(array.dtype) for array in again._held.shards.pull().values()]
+    other = make()
+    differing = ours.DistNadam(other.named_parameters(), pull_dtype=["bfloat16", None][RANK])
+    if RANK == 1:
+        seen["other rounding"] = refused(lambda: train(other, differing, 1))
+    else:
+        loss_of(other, mine(1, 1)[0]).backward()
+        differing._held._build(differing._held.settings(differing.param_groups))
+
+
 def beside_ddp(seen: dict[str, Any]) -> None:
     """Clip the mean of all ranks, as a script with DDP does; and be wrapped in DDP as well."""
     torch.distributed.init_process_group("gloo")
@@ -151,7 +176,7 @@ def beside_ddp(seen: dict[str, Any]) -> None:
 
 def main(directory: Path) -> None:
     seen: dict[str, Any] = {}
-    for part in (ordinary, unseeded, scaled, absent, beside_ddp):
+    for part in (ordinary, unseeded, scaled, absent, rounded, beside_ddp):
         part(seen)
         print(RANK, part.__name__, flush=True)
     (directory / f"{RANK}.json").write_text(json.dumps(seen))

@@ -84,6 +84,41 @@ def test_the_same_gradients_give_the_same_bits_as_on_a_cpu(
     a.close(), b.close()
 
 
+@pytest.mark.parametrize("shards", [1, 3])
+def test_what_is_rounded_on_its_way_has_the_same_bits_as_on_a_cpu(
+    shards: int, pinning: str
+) -> None:
+    one, other = model_of(), model_of(device="cpu")
+    for model in (one, other):
+        model[3].data, model[5].data = model[3].double(), model[5].bfloat16()
+    rounding = {"pull_dtype": "bfloat16", "push_dtype": torch.bfloat16}
+    a, b = (
+        ours.DistNadam(each.parameters(), num_shards=shards, **rounding) for each in (one, other)
+    )
+    rng = random.Random(0)
+    for step in range(8):
+        absent = rng.sample(range(len(SHAPES)), step)
+        for model, optimizer in ((one, a), (other, b)):
+            give(model, step, absent=absent)
+            optimizer.step()
+            if step == 3:
+                model[2].data[699, 899] = -0.0
+            if step == 4:
+                model[0].data[0] = 1 / 3
+        assert bits(one) == bits(other), step
+        if step in (5, 6):
+            one.to("cpu" if step == 5 else GPU)
+    states = zip(a.state.values(), b.state.values(), strict=True)
+    assert all(
+        torch.equal(x[name], y[name])
+        for x, y in states
+        for name in ("exp_avg", "master")
+        if name in x
+    )
+    assert a.state[one[2]]["master"].shape == (700, 900)
+    a.close(), b.close()
+
+
 def test_what_is_changed_on_the_device_is_taken_over_with_the_same_bits() -> None:
     one, other = model_of(), model_of(device="cpu")
     a, b = ours.DistNadam(one.parameters()), ours.DistNadam(other.parameters())

@@ -109,6 +109,33 @@ def test_a_rank_without_a_gradient_counts_as_zeros_and_hangs_nobody(
     assert one["absent steps"] == other["absent steps"] == [3.0] * 4
 
 
+def test_what_is_rounded_on_its_way_is_the_mean_of_rounded_gradients_at_rounded_parameters(
+    torchrun: list[dict[str, Any]],
+) -> None:
+    one, other = torchrun
+    model = make()
+    optimizer = distnadam.torch.DistNadam(
+        model.named_parameters(), lr=1e-3, backend="local", pull_dtype="bfloat16"
+    )
+    for every in (batches(8, 1), batches(8, 2)):
+        for pair in zip(every[::2], every[1::2], strict=True):
+            gradients = []
+            for batch in pair:
+                model.zero_grad()
+                loss_of(model, batch).backward()
+                gradients.append([p.grad.bfloat16().float() for p in model.parameters()])
+            for p, *given in zip(model.parameters(), *gradients, strict=True):
+                p.grad = sum(given) / 2
+            optimizer.step()
+    masters = [optimizer.state[p]["master"].numpy().tobytes() for p in model.parameters()]
+    for seen in (one, other):
+        assert seen["rounded"] == [b.hex() for b in bits(model)]
+        assert seen["rounded masters"] == [master.hex() for master in masters]
+        assert set(seen["dtypes"]) == {"bfloat16"}
+    assert one["rounded"] != one["rounded masters"]
+    assert "rank 1: pull_dtype=None, and rank 0 has 'bfloat16'" in other["other rounding"]
+
+
 def test_clipping_is_of_the_mean_of_all_ranks_as_with_ddp(torchrun: list[dict[str, Any]]) -> None:
     for seen in torchrun:
         assert seen["clipped"] < 5e-6

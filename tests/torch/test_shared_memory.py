@@ -207,6 +207,22 @@ def test_what_a_user_does_to_a_tensor_means_what_it_means_elsewhere(
             assert np.array_equal(parameters_of(optimizer)[name], tensor.detach().numpy())
 
 
+@pytest.mark.parametrize("is_its_own", [True, False])
+def test_a_tensor_that_torch_has_negated_is_stepped_by_its_numbers(is_its_own: bool) -> None:
+    pair, plain = Pair(wide()), wide()
+    reference = ours.DistNadamW(plain.named_parameters(), backend="local")
+    pair.train(batches(2)), train(plain, reference, batches(2))
+    for model in pair.models:
+        data = model[0].weight.data
+        model[0].weight.data = torch._neg_view(data if is_its_own else data.clone())
+    plain[0].weight.data.neg_()
+    for turn in range(2):
+        pair.train(batches(2, 2 + turn)), train(plain, reference, batches(2, 2 + turn))
+        for model in pair.models:
+            pairs = zip(model.parameters(), plain.parameters(), strict=True)
+            assert all(torch.equal(one, other) for one, other in pairs)
+
+
 @pytest.mark.parametrize("edit", [nothing, clamp, new_memory], ids=lambda edit: edit.__name__)
 def test_it_stays_there_where_nobody_has_memory_of_it(edit: Callable[[Any], Any]) -> None:
     pair = Pair(wide())
