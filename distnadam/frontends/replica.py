@@ -214,6 +214,11 @@ class Replica:
         """Whether the last round was skipped, since a rank's gradients overflowed."""
         return self._running()[1].found_inf
 
+    @property
+    def loss_scale(self) -> float:
+        """What the coming step's loss is to be multiplied by; 1 if the shards keep no scale."""
+        return self._running()[1].loss_scale
+
     def handed_out(self) -> Named:
         """Return the parameters as the last step returned them."""
         held: Named = self._running()[1].parameters()

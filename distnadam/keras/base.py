@@ -16,8 +16,10 @@ from distnadam.errors import ConfigError, StructureError
 from distnadam.frontends.replica import Replica, Slots, distinct
 from distnadam.groups import Group
 from distnadam.hyperparameters import DEFAULT_SCHEDULE_DECAY, Formula
+from distnadam.keras.scaling import refuse_compiled, refuse_wrapper, rescaled
 from distnadam.keras.stored import arrays_of, slots_of
 from distnadam.keras.variables import assign, is_traced, numpy_of
+from distnadam.loss_scale import LossScale
 from distnadam.tensors.arrays import Array
 from distnadam.tensors.leaves import as_numpy
 
@@ -38,6 +40,10 @@ class DistOptimizer(keras.optimizers.Optimizer):
         use_ema, ema_momentum, ema_overwrite_frequency: the average is kept on the shards; it and
             its frequency follow steps, not micro-batches.
         loss_scale_factor: a fixed scale of the loss.
+        loss_scale: a scale of the loss that the shards keep and all ranks have: where one
+            overflows, all skip the step and the scale backs off. Compile the model with
+            `auto_scale_loss=False`, and on JAX with `run_eagerly=True`. It is not in `.keras`
+            files, nor in what `restore` takes from a checkpoint: it begins anew.
         gradient_accumulation_steps: micro-batches whose mean each rank pushes.
         name: Keras's name of this object.
         num_shards, replicas, backend, options: as `distnadam.DistNadam` has them.
@@ -77,6 +83,7 @@ class DistOptimizer(keras.optimizers.Optimizer):
         replicas: int = 0,
         backend: BackendName = "auto",
         cluster_name: str | None = None,
+        loss_scale: LossScale | Mapping[str, Any] | None = None,
         options: Options | Mapping[str, Any] | None = None,
         **others: Any,
     ) -> None:
@@ -103,6 +110,10 @@ class DistOptimizer(keras.optimizers.Optimizer):
         self.num_shards, self.replicas = num_shards, replicas
         self.backend, self.cluster_name = backend, cluster_name
         self.options = Options.of(options)
+        self.loss_scale = None if loss_scale is None else LossScale.of(loss_scale)
+        if loss_scale is not None and loss_scale_factor is not None:
+            raise ConfigError("loss_scale and loss_scale_factor would both scale: give one of them")
+        self._scaled_by = 1.0  # what the loss of the coming step was multiplied by
         self._names: tuple[str, ...] = ()
         self._pending: Any = None
         self._last_iteration = -1
@@ -131,6 +142,7 @@ class DistOptimizer(keras.optimizers.Optimizer):
             "backend": self.backend,
             "name": self.cluster_name,
             "options": self.options,
+            "loss_scale": self.loss_scale,
         }
 
     @property
@@ -148,20 +160,25 @@ class DistOptimizer(keras.optimizers.Optimizer):
         """The fixed scale of the loss.
 
         Raises:
-            ConfigError: a LossScaleOptimizer takes the scaling over, with several workers.
+            ConfigError: a LossScaleOptimizer takes the scaling over, with several workers or a
+                `loss_scale`.
         """
         return self.__dict__.get("_scale")
 
     @loss_scale_factor.setter
     def loss_scale_factor(self, value: float | None) -> None:
-        if value is None and "_replica" in self.__dict__ and self.num_workers > 1:
-            raise ConfigError(
-                f"LossScaleOptimizer skips steps on the rank that overflowed alone, and the other "
-                f"{self.num_workers - 1} would wait for it: give model.compile "
-                "auto_scale_loss=False, and this optimizer a loss_scale_factor, such as 1024.0, "
-                'and options=Options(on_nonfinite="skip"), which skips on all ranks'
-            )
+        if value is None and "_replica" in self.__dict__:
+            refuse_wrapper(self.num_workers, is_scaled=self.loss_scale is not None)
         self.__dict__["_scale"] = value
+
+    @override
+    def scale_loss(self, loss: Any) -> Any:
+        """Return the loss times its scale, that of the coming step where the shards keep it."""
+        if self.loss_scale is None:
+            return super().scale_loss(loss)
+        replica = self._replica
+        self._scaled_by = replica.loss_scale if replica.is_started else self.loss_scale.first.scale
+        return loss * self._scaled_by
 
     @override
     def build(self, variables: Sequence[Any]) -> None:
@@ -213,6 +230,8 @@ class DistOptimizer(keras.optimizers.Optimizer):
         if any(map(is_traced, [*values, *gradients, rate, count])):
             from distnadam.keras.traced import HostCalls, stepped
 
+            if self.loss_scale is not None:
+                refuse_compiled()
             self._calls = self._calls or HostCalls()
             new = stepped(self._calls, self._on_host, count, rate, values, gradients, where)
             for variable, value in zip(variables, new, strict=True):
@@ -236,10 +255,18 @@ class DistOptimizer(keras.optimizers.Optimizer):
         params = dict(zip(self._names, map(as_numpy, values), strict=True))
         if not self._replica.is_started:
             self._replica.start(params, groups=self._groups(), lr=lr)
-        pushed = dict(zip(self._names, gradients, strict=True))
+        pushed = dict(zip(self._names, self._scaled(gradients), strict=True))
         stepped = self._replica.step(params, pushed, lr=lr)
-        self._last_iteration = iteration
+        self._last_iteration, self._scaled_by = iteration, 1.0
         return [np.asarray(stepped[name]) for name in self._names]
+
+    def _scaled(self, gradients: Sequence[Any]) -> Sequence[Any]:
+        """Return gradients of losses times the shards' scale, which this rank did not know before
+        its first step, nor does a loop that does not call `scale_loss`.
+        """
+        if self.loss_scale is None:
+            return gradients
+        return rescaled(gradients, self._scaled_by, self._replica.loss_scale)
 
     def _groups(self) -> list[Group]:
         if not self.weight_decay:
@@ -367,5 +394,6 @@ class DistOptimizer(keras.optimizers.Optimizer):
         """Return the constructor's arguments."""
         ours = {name: getattr(self, name) for name in _OURS} | dict(self._asked)
         ours["options"] = self.options.to_dict()
+        ours["loss_scale"] = None if self.loss_scale is None else self.loss_scale.to_dict()
         formula = {"beta_1": self.beta_1, "beta_2": self.beta_2, "epsilon": self.epsilon}
         return {**super().get_config(), **formula, **ours}

@@ -92,6 +92,18 @@ def by_keras(seen: dict[str, Any]) -> None:
     seen["iterations"] = optimizer.cluster.iterations
     seen["skipped"] = optimizer.cluster.skipped
     seen["params"] = [array.tolist() for array in model.get_weights()]
+    scale = distnadam.LossScale(init_scale=1024.0, growth_interval=3)
+    dynamic = distnadam.keras.DistNadam(0.1, loss_scale=scale)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.set_weights([np.zeros((4, 1)), np.zeros(1)])
+    model.compile(optimizer=dynamic, loss="mse", auto_scale_loss=False)
+    seen["scales"] = []
+    for step in range(8):
+        x, y = batch(step)
+        model.train_on_batch(x * (1e6 if (step, RANK) == (3, 1) else 1.0), y)
+        seen["scales"].append(dynamic.cluster.loss_scale)
+    seen["scaled iterations"] = dynamic.cluster.iterations
+    seen["scaled"] = [array.tolist() for array in model.get_weights()]
 
 
 if __name__ == "__main__":

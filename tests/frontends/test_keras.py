@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distnadam import DistNadam, Options
+from distnadam import DistNadam, LossScale, Options
 from distnadam.errors import ConfigError, StructureError
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -289,6 +289,34 @@ def test_what_is_wrong_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="Unknown variable"):
         optimizer.apply_gradients([(ones, keras.Variable(np.ones(3, np.float32)))])
     assert int(optimizer.iterations.numpy()) == 1
+
+
+def test_a_scale_that_the_shards_keep_follows_the_rounds_and_changes_nothing_else() -> None:
+    scale = LossScale(init_scale=8.0, growth_interval=2)
+    scaled = trained(ours.DistNadam(loss_scale=scale), 1, run_eagerly=True)
+    plain = trained(ours.DistNadam(), 1, run_eagerly=True)
+    cluster = scaled.optimizer.cluster
+    assert cluster.loss_scale == 8.0 * 2 ** (cluster.iterations // 2) > 8.0
+    for found, expected in zip(scaled.get_weights(), plain.get_weights(), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    again = ours.DistNadam.from_config(scaled.optimizer.get_config())
+    assert again.loss_scale == scale
+    unscaled = [
+        keras.ops.ones(v.shape) for v in scaled.trainable_variables
+    ]  # by a loop of one's own
+    before = scaled.get_weights()
+    scaled.optimizer.apply(unscaled, scaled.trainable_variables)
+    plain.optimizer.apply(unscaled, plain.trainable_variables)
+    for found, expected in zip(scaled.get_weights(), plain.get_weights(), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert not np.array_equal(before[0], scaled.get_weights()[0])
+    with pytest.raises(ConfigError, match="give one of them"):
+        ours.DistNadam(loss_scale=scale, loss_scale_factor=2.0)
+    with pytest.raises(ConfigError, match="scale what loss_scale scales already: "):
+        keras.optimizers.LossScaleOptimizer(ours.DistNadam(loss_scale=scale))
+    if BACKEND == "jax":
+        with pytest.raises(ConfigError, match="run_eagerly=True"):
+            trained(ours.DistNadam(loss_scale=scale), 1)
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="compiled by JAX alone")

@@ -79,4 +79,9 @@ def test_ranks_of_a_keras_script_in_half_precision_skip_alike_where_one_alone_ov
     assert first["iterations"] == second["iterations"] == 7
     assert first["skipped"] == second["skipped"] == 1
     assert np.isfinite(first["params"][0]).all()
-    assert "auto_scale_loss=False, and this optimizer a loss_scale_factor" in first["refused"]
+    assert "auto_scale_loss=False, and this optimizer loss_scale=" in first["refused"]
+    scales = [1024.0, 1024.0, 2048.0, 1024.0, 1024.0, 1024.0, 2048.0, 2048.0]
+    assert first["scales"] == second["scales"] == scales
+    assert first["scaled"] == second["scaled"]
+    assert first["scaled iterations"] == second["scaled iterations"] == 7
+    assert (np.array(first["scaled"][0]) > 0.3).all()
