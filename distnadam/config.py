@@ -127,11 +127,8 @@ class Options:
         self._check_numbers()
         if self.port_range is not None:
             object.__setattr__(self, "port_range", check_ports(self.port_range))
-        for name, kind in (
-            ("shard_resources", float),
-            ("label_selector", str),
-            ("worker_label_selector", str),
-        ):
+        kinds = {"shard_resources": float, "label_selector": str, "worker_label_selector": str}
+        for name, kind in kinds.items():
             mapping = getattr(self, name)
             if not isinstance(mapping, Mapping):
                 raise ConfigError(f"{name} must be a mapping, got {mapping!r}")
@@ -145,14 +142,10 @@ class Options:
             )
 
     def _check_numbers(self) -> None:
-        for name, least in (
-            ("threads", 1),
-            ("shard_memory_bytes", 0),
-            ("object_store_bytes", 1),
-            ("min_workers", 1),
-        ):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, check_count(name, getattr(self, name), least=least))
+        least = {"threads": 1, "shard_memory_bytes": 0, "object_store_bytes": 1, "min_workers": 1}
+        for name, at_least in least.items():
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, check_count(name, value, least=at_least))
         for name in (
             "shard_cpus",
             "worker_cpus",
