@@ -13,6 +13,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,12 @@ import ray
 from ray._private import state
 from ray.cluster_utils import Cluster
 
-from distnadam import DistNadam, Options
+from distnadam import DistNadam, Options, fit
 from distnadam.backends.ray.cordon import RayHosts
 from distnadam.backends.ray.worker_group import RayWorkerGroup
+from distnadam.callbacks import ReduceLROnPlateau
 from distnadam.errors import ClusterError, ConfigError, InsufficientResources
+from distnadam.training.callbacks import Callback
 from tests.backends.ray.on_two_nodes import (
     PARAMS,
     STORE,
@@ -37,6 +41,7 @@ from tests.backends.ray.on_two_nodes import (
 )
 from tests.descriptors import MEMORY, descriptors_of
 from tests.eventually import eventually
+from tests.training.test_task_state import Averaging, kept
 
 OPTIONS = Options(shard_resources={"shard": 1}, shard_timeout_s=5.0)
 
@@ -96,6 +101,49 @@ def both_nodes_are_left_in_turn_with_shards_and_standbys(
         hosts.uncordon(first)
         has_left(hosts, second)
         steps.end()
+
+
+def standbys_of(one: DistNadam, shard: int) -> list[int]:
+    """The processes of a shard's standbys that run."""
+    primary = one.shards.backend.addresses[shard].pid
+    running = [actor for actor in state.actors().values() if actor["State"] == "ALIVE"]
+    named = [each for each in running if each["ActorClassName"].endswith(f"Shard {shard}")]
+    return [pid for each in named if (pid := int(each["Pid"])) != primary]
+
+
+def has_two(one: DistNadam, shard: int) -> bool:
+    return len(standbys_of(one, shard)) == 2
+
+
+def is_alone_after(one: DistNadam, shard: int, old: int) -> bool:
+    found = standbys_of(one, shard)
+    return bool(found) and old not in found
+
+
+def a_shard_that_dies_while_its_standby_moves_has_one(
+    hosts: RayHosts, first: str, second: str
+) -> None:
+    """It is killed once the successor's process is there, as that is filled, or a moment after."""
+    with optimizer(replicas=1) as one:
+        steps = Stepping(one)
+        for wait_s in (0.0, 0.1, None):
+            eventually(lambda: all_followed(one))
+            addresses = one.shards.backend.addresses
+            stays = [address.node for address in addresses].index(second)
+            (old,) = standbys_of(one, stays)
+            hosts.cordon(first)
+            if wait_s is None:
+                eventually(partial(is_alone_after, one, stays, old))
+            else:
+                eventually(partial(has_two, one, stays))
+                time.sleep(wait_s)
+            os.kill(addresses[stays].pid, signal.SIGKILL)
+            has_left(hosts, first)
+            hosts.uncordon(first)
+        eventually(lambda: all_followed(one))
+        steps.end()
+        recoveries = one.shards.backend.supervisor.status().recoveries
+        assert recoveries["promoted"] >= 3 and recoveries["rewound"] == 0, recoveries
 
 
 def what_lives_through_promotions_and_drains_keeps_nothing_of_them(
@@ -228,8 +276,77 @@ def ranks_without_room_elsewhere_stay(hosts: RayHosts, first: str, second: str) 
     group.close()
 
 
+class Slow(Averaging):
+    def batch(self, step: int, rank: int, world_size: int) -> Any:
+        time.sleep(0.02)
+        return super().batch(step, rank, world_size)
+
+
+class LeavesInTurn(Callback):
+    """Has one host be left, and later the other."""
+
+    def __init__(self, hosts: RayHosts, first: str, second: str) -> None:
+        self._hosts = hosts
+        self._turns = {10: (second, first), 40: (first, second)}
+
+    def on_evaluate(self, step: int, metrics: Any) -> None:
+        if step in self._turns:
+            back, left = self._turns[step]
+            self._hosts.uncordon(back)
+            self._hosts.cordon(left)
+
+
+def trained(directory: Path, *more: Callback, **how: Any) -> tuple[Any, ...]:
+    """Train a task with state of its own; return all that must be as undisturbed."""
+    plateau = ReduceLROnPlateau("loss", factor=0.5, patience=1, min_delta=10.0, cooldown=1)
+    history = fit(
+        Slow(),
+        steps=80,
+        num_workers=2,
+        checkpoint_dir=directory,
+        save_every=1000,
+        evaluate_every=10,
+        callbacks=[plateau, *more],
+        verbose=0,
+        **how,
+    )
+    assert len(set(history.learning_rates)) > 2
+    return (
+        kept(directory),
+        history.steps,
+        history.losses,
+        history.learning_rates,
+        history.evaluations,
+    )
+
+
+def ranks_with_state_of_their_own_that_move_change_no_bit(
+    hosts: RayHosts, first: str, second: str
+) -> None:
+    """The task's state, its place in the data, and what a callback decides by go with them."""
+    options = Options(
+        worker_cpus=1.0,
+        shard_resources={"shard": 1},
+        worker_label_selector={"ray.io/node-id": f"in({first},{second})"},
+    )
+    moved = Counter[str]()
+
+    class Counts(Callback):
+        def on_recovery(self, step: int, who: str, text: str) -> None:
+            moved["the host is to be left" in text] += 1
+
+    with tempfile.TemporaryDirectory() as found:
+        leaves = LeavesInTurn(hosts, first, second)
+        optimizer = DistNadam(options=options)
+        how: dict[str, Any] = {"backend": "ray", "optimizer": optimizer, "num_shards": 2}
+        disturbed = trained(Path(found) / "a", leaves, Counts(), **how)
+        assert moved[True] >= 1 and not moved[False], moved
+        assert disturbed == trained(Path(found) / "b", backend="local")
+
+
 CASES = (
     both_nodes_are_left_in_turn_with_shards_and_standbys,
+    a_shard_that_dies_while_its_standby_moves_has_one,
     what_lives_through_promotions_and_drains_keeps_nothing_of_them,
     a_supervisor_that_is_killed_in_a_hand_over_is_succeeded,
     what_is_new_goes_to_no_node_that_is_to_be_left,
@@ -237,6 +354,7 @@ CASES = (
     saves_and_reshards_amid_hand_overs_lose_nothing,
     a_name_of_several_nodes_or_of_none_is_refused,
     ranks_without_room_elsewhere_stay,
+    ranks_with_state_of_their_own_that_move_change_no_bit,
 )
 
 
