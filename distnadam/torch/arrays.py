@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from distnadam.errors import StructureError
 from distnadam.frontends.changes import digest_bytes
 from distnadam.tensors.arrays import BFLOAT16, Array
 from distnadam.tensors.leaves import as_numpy
@@ -47,6 +48,22 @@ def as_array(tensor: torch.Tensor) -> Array:
 def bits_of(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor's numbers as integers, a view unless torch has it negated (`is_neg`)."""
     return tensor.detach().resolve_neg().view(BITS[tensor.element_size()])
+
+
+def require_memory(name: str, tensor: torch.Tensor) -> None:
+    """Raise StructureError for a tensor whose storage was freed or made too short for it, of which
+    torch reads on until the process ends.
+    """
+    if not tensor.numel():
+        return
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    length = tensor.storage_offset() + 1 + sum((size - 1) * stride for size, stride in steps)
+    held, needed = tensor.untyped_storage().nbytes(), length * tensor.element_size()
+    if held < needed:
+        raise StructureError(
+            f"{name!r} has a storage of {held} bytes and needs {needed}: it was freed, as by "
+            "untyped_storage().resize_(0); give the tensor memory before the step"
+        )
 
 
 def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:

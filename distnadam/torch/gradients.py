@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from distnadam.errors import GradientError
-from distnadam.torch.arrays import as_array, as_torch
+from distnadam.torch.arrays import as_array, as_torch, require_memory
 from distnadam.torch.device_copies import Landing, PinnedMemory, Slots
 
 
@@ -158,6 +158,7 @@ class Gradients:
 
         Raises:
             RuntimeError: a gradient is sparse.
+            StructureError: a gradient's storage was freed.
             GradientError: a view of an earlier gradient is kept, or one was changed after it was
                 sent.
         """
@@ -181,8 +182,7 @@ class Gradients:
             if gradient is None:
                 absent.append(index)
                 continue
-            if gradient.layout != torch.strided:
-                raise _sparse(self._names[index])
+            _require_readable(self._names[index], gradient)
             self._free(index)
             if gradient.is_cuda:
                 on_device[index] = gradient.detach()
@@ -252,11 +252,14 @@ class Gradients:
             self._storages[index] = self._slots[index].untyped_storage()
 
 
-def _sparse(name: str) -> RuntimeError:
-    return RuntimeError(
-        f"distnadam does not support sparse gradients, and that of {name!r} is one: give its "
-        ".to_dense()"
-    )
+def _require_readable(name: str, gradient: torch.Tensor) -> None:
+    if gradient.layout != torch.strided:
+        raise RuntimeError(
+            f"distnadam does not support sparse gradients, and that of {name!r} is one: give its "
+            ".to_dense()"
+        )
+    if not gradient.data_ptr():
+        require_memory(f"the gradient of {name}", gradient)
 
 
 def _kind_of(tensor: torch.Tensor) -> tuple[torch.device, torch.dtype, torch.Size]:

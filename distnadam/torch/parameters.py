@@ -20,7 +20,7 @@ from torch.autograd.graph import increment_version
 from distnadam.errors import StructureError
 from distnadam.frontends.changes import in_words
 from distnadam.tensors.arrays import Array
-from distnadam.torch.arrays import as_torch, bits_of, copy_all, digest_of
+from distnadam.torch.arrays import as_torch, bits_of, copy_all, digest_of, require_memory
 from distnadam.torch.device_copies import HandedOut, PinnedMemory, device_of
 
 
@@ -86,11 +86,16 @@ class Parameters:
         """Return whether a tensor that lay in the shards' memory was given other memory (by
         `.data = `, `share_memory_`), and somebody else has either of the two; one that nobody has
         is moved back.
+
+        Raises:
+            StructureError: a tensor's storage was freed; nothing was changed.
         """
         are_there = list(map(_data_ptr, self._slots)) == self._slot_places  # also in shared memory
         is_same = are_there and all(map(_is_set_to, self._moved, self._slots))
         if is_same and not any(map(_is_neg, self._moved)):
             return False
+        for name, tensor in zip(self.names, self.tensors, strict=True):
+            require_memory(name, tensor)
         for tensor, slot in zip(self._moved, self._slots, strict=True):
             if are_there and _is_set_to(tensor, slot) and not tensor.is_neg():
                 continue
@@ -107,7 +112,7 @@ class Parameters:
         """Return the tensors whose bits are not those that the last `take` has left.
 
         Raises:
-            StructureError: a tensor has another shape or dtype now.
+            StructureError: a tensor has another shape or dtype now, or its storage was freed.
         """
         if self._handed is None or not self._copied:
             return []  # what lies in the shards' memory is theirs already
@@ -196,7 +201,7 @@ class Parameters:
         ranks and shards takes longer than the work.
 
         Raises:
-            StructureError: one has another shape or dtype now.
+            StructureError: one has another shape or dtype now, or its storage was freed.
         """
         tensors = [self.tensors[i] for i in self._copied]
         kinds = [(tensor.dtype, tensor.shape) for tensor in tensors]
@@ -209,11 +214,15 @@ class Parameters:
                 f"{before[0]} of shape {tuple(before[1])} when the shards were built: convert the "
                 "model before the first step"
             )
+        places = [tensor.data_ptr() for tensor in tensors]
+        if places != self._places:
+            for index, tensor in zip(self._copied, tensors, strict=True):
+                require_memory(self.names[index], tensor)
         if (device := device_of(self.tensors)) != self._device:
             self._device, self._on_device, self._trees = device, None, []
             if self._handed is not None:
                 self._hand_out(self._handed.arrays)
-        self._places = [tensor.data_ptr() for tensor in tensors]
+        self._places = places
         self._is_plain = all(
             tensor.is_contiguous()
             and tensor.is_cpu

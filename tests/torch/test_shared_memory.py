@@ -207,6 +207,30 @@ def test_what_a_user_does_to_a_tensor_means_what_it_means_elsewhere(
             assert np.array_equal(parameters_of(optimizer)[name], tensor.detach().numpy())
 
 
+@pytest.mark.parametrize("length", [0, 8])
+def test_a_tensor_whose_storage_was_freed_is_refused_by_name(length: int) -> None:
+    pair = Pair(wide())
+    pair.train(batches(2))
+    for model, optimizer in zip(pair.models, pair.optimizers, strict=True):
+        own, freed = model[2].bias.data, torch.ones(16)
+        freed.untyped_storage().resize_(length)
+        model[2].bias.data = freed
+        for tensor in model.parameters():
+            tensor.grad = torch.ones_like(tensor)
+        for _ in range(2):
+            with pytest.raises(StructureError, match=f"^'2.bias' has a storage of {length} bytes"):
+                optimizer.step()
+        model[2].bias.data = own
+        model[0].bias.data.clamp_(-0.01, 0.01)  # which is taken over all the same
+        if not length:
+            model[2].bias.grad = freed
+            with pytest.raises(StructureError, match=r"^'the gradient of 2.bias' has a storage"):
+                optimizer.step()
+        optimizer.zero_grad()
+    pair.train(batches(3, 2))
+    pair.check()
+
+
 @pytest.mark.parametrize("is_its_own", [True, False])
 def test_a_tensor_that_torch_has_negated_is_stepped_by_its_numbers(is_its_own: bool) -> None:
     pair, plain = Pair(wide()), wide()
