@@ -1,7 +1,7 @@
 """The events of `fit` as a Keras callback gets them: an epoch ends with each evaluation."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -13,6 +13,8 @@ from distnadam.training.steps import StepRecord
 
 Logs = dict[str, float]
 """By name: what is known of a step or an epoch."""
+
+_BATCH_EVENTS = ("on_train_batch_begin", "on_train_batch_end", "on_batch_begin", "on_batch_end")
 
 
 class EpochCallback(Callback):
@@ -92,11 +94,25 @@ class EpochCallback(Callback):
             self._begin_epoch(step)
 
     @override
+    def on_records(self, records: Sequence[StepRecord]) -> None:
+        total, count = self._losses
+        for record in records:
+            if record.ranks:  # else nobody lived to report a loss
+                total += record.loss
+                count += 1
+        self._rate, self._losses = records[-1].lr, (total, count)
+
+    @override
+    def _hears(self, event: str) -> bool:
+        if event == "on_record" and type(self).on_record is EpochCallback.on_record:
+            return any(
+                getattr(getattr(self, name), "__func__", None) is not getattr(EpochCallback, name)
+                for name in _BATCH_EVENTS
+            )
+        return super()._hears(event)
+
+    @override
     def on_record(self, record: StepRecord) -> None:
-        self._rate = record.lr
-        if record.ranks:  # else nobody lived to report a loss
-            total, count = self._losses
-            self._losses = (total + record.loss, count + 1)
         batch = record.step - 1
         self.on_train_batch_begin(batch, {})
         self.on_train_batch_end(batch, {"loss": record.loss, "learning_rate": record.lr})

@@ -66,6 +66,10 @@ class Callback:
     def on_records(self, records: Sequence[StepRecord]) -> None:
         """A burst of steps is done; then come `on_record` and `on_step` of each."""
 
+    def _hears(self, event: str) -> bool:
+        """Whether an event of single steps does anything here; if not, it is not called."""
+        return getattr(getattr(self, event), "__func__", None) is not getattr(Callback, event)
+
     def on_step(self, step: int, loss: float) -> None:
         """A step is done; `loss` is the mean over the ranks. Calls come in bursts of steps.
 
@@ -192,7 +196,7 @@ class CallbackList(Callback):
         """Pass on a burst of steps: whole, then each to those that override the events of one."""
         with shield:  # no row is lost to a Ctrl-C
             self.on_records(records)
-        events = [each for each in ("on_record", "on_step") if self._is_heard(each)]
+        events = [each for each in ("on_record", "on_step") if self._hears(each)]
         for record in records if events else records[-1:]:
             self.run.step = record.step
             if "on_record" in events:
@@ -201,11 +205,9 @@ class CallbackList(Callback):
             if "on_step" in events:
                 self.on_step(record.step, record.loss)
 
-    def _is_heard(self, event: str) -> bool:
-        ours = getattr(Callback, event)
-        return any(
-            getattr(getattr(c, event), "__func__", None) is not ours for c in self._callbacks
-        )
+    @override
+    def _hears(self, event: str) -> bool:
+        return any(callback._hears(event) for callback in self._callbacks)
 
     @override
     def on_records(self, records: Sequence[StepRecord]) -> None:
