@@ -21,7 +21,8 @@ RESOURCES = [{"CPU": 1}, *[{"CPU": 1, "shard": 2}] * 2, {"CPU": 0, "shard": 2}]
 """The last host has no room for a rank; the head, with one, none for a shard."""
 OPTIONS = {"shard_resources": {"shard": 1}, "worker_cpus": 1.0, "shard_timeout_s": 20.0}
 _CGROUPS = Path("/sys/fs/cgroup/cpu")
-_PERIOD_US = 40_000
+_QUOTA_US = 1000
+"""The least that is allowed: the shorter it is, the more a host is as one of a slower CPU."""
 _LOOKS = 10
 
 
@@ -51,13 +52,25 @@ def ask(hosts: Cluster, *command: str) -> str:
     return program.output
 
 
-def held(hosts: Cluster) -> dict[str, int]:
-    """Return the elements that each host holds, from a status."""
+def paces(hosts: Cluster) -> list[dict[str, Any]]:
+    """Return what each host has done, from a status."""
     for _ in range(_LOOKS):
         status = json.loads(ask(hosts, "status", "balanced", "--json").splitlines()[-1])
         if status["paces"]:
-            return {each["host"]: each["elements"] for each in status["paces"]}
+            found: list[dict[str, Any]] = status["paces"]
+            return found
     raise AssertionError("no round was decided between two looks")
+
+
+def held(hosts: Cluster) -> dict[str, int]:
+    """Return the elements that each host holds."""
+    return {each["host"]: each["elements"] for each in paces(hosts)}
+
+
+def slowest_s(hosts: Cluster) -> float:
+    """Return the seconds in which the slowest host steps what it holds, the median of looks."""
+    looks = [[e["elements"] * (e["step_s"] or 0.0) for e in paces(hosts)] for _ in range(3)]
+    return sorted(map(max, looks))[1]
 
 
 def named(hosts: Cluster, host: Host, what: str) -> str:
@@ -79,8 +92,8 @@ def part_of_a_cpu(host: Host, part: float) -> Iterator[None]:
         pytest.skip("no cgroups of version 1 with the controller of CPUs")
     group.mkdir()
     try:
-        (group / "cpu.cfs_period_us").write_text(str(_PERIOD_US))
-        (group / "cpu.cfs_quota_us").write_text(str(int(part * _PERIOD_US)))
+        (group / "cpu.cfs_period_us").write_text(str(int(_QUOTA_US / part)))
+        (group / "cpu.cfs_quota_us").write_text(str(_QUOTA_US))
         space = Path(f"/proc/{host.holder}/ns/net").readlink()
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -131,17 +144,20 @@ def test_a_host_with_a_slow_cable_is_named_and_moves_fewer_bytes_once_balanced(
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("part", [0.1])
 def test_a_host_with_part_of_a_cpu_is_named_and_steps_less_once_balanced(
-    hosts: Cluster, tmp_path: Path
+    part: float, hosts: Cluster, tmp_path: Path
 ) -> None:
     about, program, shards = begin(hosts, tmp_path, 3_000_000)
     slow = hosts.hosts[-1]
     assert slow.address in shards
-    with part_of_a_cpu(slow, 0.05):
-        named(hosts, slow, "CPU")
-        before = held(hosts)
+    with part_of_a_cpu(slow, part):
+        said = named(hosts, slow, "CPU")
+        assert "ms of each step (" in said
+        before, long_s = held(hosts), slowest_s(hosts)
         done = ask(hosts, "reshard", "balanced", "--balance", "--over", "6")
         assert "3 shard(s) by what their hosts can do" in done, done
         after = held(hosts)
-        assert after[slow.address] < 0.7 * before[slow.address], (before, after, done)
+        assert after[slow.address] < 0.8 * before[slow.address], (before, after, done)
+        assert slowest_s(hosts) < long_s, "what all wait for takes less time"
     finish(about, program, tmp_path)
