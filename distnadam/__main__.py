@@ -1,5 +1,16 @@
-"""``python -m distnadam``: the command line."""
+"""``python -m distnadam``, and the command `distnadam`: the command line."""
 
-from distnadam.cli import main
+import sys
 
-main()
+
+def main() -> None:
+    """Run the command line; a Ctrl-C while it is imported ends it as any later one does."""
+    try:
+        from distnadam.cli import main as command
+    except KeyboardInterrupt:
+        sys.exit(130)
+    command()
+
+
+if __name__ == "__main__":
+    main()

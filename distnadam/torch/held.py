@@ -185,10 +185,16 @@ class Held:
         if self._running is None:
             with torch.no_grad():
                 self._running = self._build(settings)
-        parameters, gradients = self._running.parameters, self._running.gradients
+        # shards of this process, the tensors and the state are of one round, whatever interrupts it
+        with self.shards.optimizer.shards.backend.shield:
+            self._step(self._running, settings)
+
+    def _step(self, running: "_Running", settings: Settings) -> None:
+        parameters, gradients = running.parameters, running.gradients
         self._take_over(parameters, settings)
         given = self._sent(gradients) if self._is_pushed else gradients.gather()
         vote, self.vote = self.vote, False
+        self._forget_state()
         stepped = self.shards.step(settings, None if vote else given, found_inf=vote)
         self.overflowed = self.shards.worker.found_inf
         if settings.clip is not None:
@@ -197,7 +203,6 @@ class Held:
         self.clip = None
         self._pin()
         parameters.take(stepped)
-        self._forget_state()
 
     def _sent(self, gradients: Gradients) -> dict[str, Any] | None:
         """Send what the backward pass has not; return what to push where it has sent nothing."""

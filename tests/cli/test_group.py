@@ -1,5 +1,8 @@
 """How every command ends: one sentence and exit code 1 for an error, 130 after Ctrl-C."""
 
+import subprocess
+import sys
+
 import pytest
 from click.testing import CliRunner
 
@@ -48,3 +51,19 @@ def test_every_command_describes_itself_and_its_options() -> None:
         for parameter in command.params:
             if getattr(parameter, "opts", [""])[0].startswith("--"):
                 assert parameter.help, f"{name} {parameter.name}"  # type: ignore[attr-defined]
+
+
+def test_a_ctrl_c_while_the_command_is_imported_is_no_traceback() -> None:
+    code = (
+        "import signal, sys\n"
+        "from importlib.abc import MetaPathFinder\n"
+        "class Interrupting(MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'distnadam.cli.training':\n"
+        "            signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "from distnadam.__main__ import main\n"
+        "main()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")

@@ -7,6 +7,7 @@ import gc
 import io
 import os
 import pickle
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ torch = pytest.importorskip("torch")
 import distnadam  # noqa: E402
 from distnadam.errors import NonFiniteGradient, StructureError  # noqa: E402
 from distnadam.torch.arrays import as_array, bits_of  # noqa: E402
+from distnadam.torch.held import Held  # noqa: E402
 from tests.torch.models import batches as batches_of_six  # noqa: E402
 from tests.torch.models import bits, loss_of, make, train  # noqa: E402
 
@@ -357,6 +359,35 @@ def test_a_square_tensor_that_is_transposed_is_stepped_as_it_is_seen() -> None:
         model[0].weight.data = model[0].weight.data.t()
     pair.train(batches(2, 2))
     assert bits(pair.models[0]) == bits(pair.models[1])
+
+
+@pytest.mark.parametrize("place", ["_pin", "_forget_state", "_take_over"])
+def test_an_interrupt_leaves_tensors_and_state_of_one_round(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = Pair(wide(), num_shards=2)
+    pair.train(batches(2))
+    whole = getattr(Held, place)
+
+    def interrupted(held: Held, *given: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        whole(held, *given)
+
+    for model, optimizer in zip(pair.models, pair.optimizers, strict=True):
+        assert int(optimizer.state[model[0].weight]["step"]) == 2
+        loss_of(model, batches(1)[0]).backward()
+        with monkeypatch.context() as patched:
+            patched.setattr(Held, place, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                optimizer.step()
+        assert torch.is_grad_enabled()
+        optimizer.zero_grad()
+        assert int(optimizer.state[model[0].weight]["step"]) == 3
+        held = parameters_of(optimizer)
+        assert all(np.array_equal(held[n], as_array(t)) for n, t in model.named_parameters())
+    pair.check()
+    pair.train(batches(2, 3))
+    pair.check()
 
 
 def test_a_gradient_that_is_not_finite_leaves_everything_as_it_was() -> None:
