@@ -19,6 +19,9 @@ from distnadam.supervision.restore_points import RestorePoints
 TOKEN = "supervisor"
 """The token by which a supervisor itself pauses shards."""
 
+_MOMENT_S = 0.5
+"""Seconds for which a caller may hold all shards before it is waited out, and not queued with."""
+
 
 class Observer:
     """Looks at all shards of one optimizer.
@@ -72,6 +75,7 @@ class Observer:
             ),
             unreported=self._unreported_deaths(described),
             held=held,
+            held_long=self._holder is not None and now - self._holder[1] > _MOMENT_S,
             expired_hold=expired,
             cannot_complete=cluster.cannot_complete or uneven or empty,
             members=members,

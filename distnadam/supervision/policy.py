@@ -88,6 +88,7 @@ class Observation:
         unfinished: those of them whose last push was not seen to yet.
         unreported: workers, by rank, that are gone without any shard knowing it: their incarnation.
         held: whether somebody acts on the optimizer as a whole right now.
+        held_long: whether the same caller does for more than a moment.
         expired_hold: the token by which shards are held for somebody who is gone, or for too long.
         cannot_complete: whether shards stand at different rounds and nobody is left who could
             complete the earlier one.
@@ -106,6 +107,7 @@ class Observation:
     unfinished: frozenset[int] = frozenset()
     unreported: Mapping[int, int] = field(default_factory=dict)
     held: bool = False
+    held_long: bool = True
     expired_hold: str | None = None
     cannot_complete: bool = False
     members: frozenset[int] = frozenset()
@@ -219,7 +221,9 @@ def _standbys(seen: Observation, rules: Rules) -> list[Decision]:
 
 
 def _leaving(seen: Observation) -> list[Decision]:
-    """What moves shards off hosts that are to be left, while nobody acts on all shards."""
+    """What moves shards off hosts that are to be left, unless somebody acts on all shards for long:
+    callers that follow each other closely are not waited out, but queued with.
+    """
     ready = tuple(
         index
         for index, shard in enumerate(seen.shards)
@@ -230,7 +234,7 @@ def _leaving(seen: Observation) -> list[Decision]:
         and shard.has_standby  # it may say of one that was just dropped that it follows
         and not shard.standby_leaves
     )
-    return [HandOver(ready)] if ready and not seen.held else []
+    return [HandOver(ready)] if ready and not (seen.held and seen.held_long) else []
 
 
 def _torn(seen: Observation) -> list[Decision] | None:

@@ -199,10 +199,11 @@ def _strangers(scene: Scene, how: str) -> float:
         assert time.monotonic() < deadline, "no shard listens for other hosts"
         time.sleep(0.05)
         targets = listening()
-    about = {"targets": targets, "how": how, "each": 100}
+    most = len(targets) * (0 if how == "garbage" else 64)
+    about = {"targets": targets, "how": how, "each": 100, "most": most}
     program = scene.cluster.python(scene.host, "-m", "tests.hosts.strangers", json.dumps(about))
     left = program.first("left")["left"]
-    assert left <= len(targets) * (0 if how == "garbage" else 64), f"{left} strangers are heard"
+    assert left <= most, f"{left} strangers are heard, of {most} at most"
     seconds = scene.go_on()
     program.finish()
     return seconds

@@ -596,25 +596,31 @@ def test_faults_change_no_bit_and_count_every_push_once(examples: int) -> None:
     pytest.fail(f"nothing of {[what for what in MUST_BEFALL if not SEEN[what]]} befell them")
 
 
+def started(num_shards: int, **others: Any) -> FaultsAgainstOneProcess:
+    """Return a machine of one host and one standby for each shard, unless told otherwise."""
+    machine = FaultsAgainstOneProcess()
+    usual: dict[str, Any] = {
+        "replicas": 1,
+        "gone": {"rejoin_timeout_s": 1e6},
+        "clip": {},
+        "formula": {},
+        "pull_dtype": None,
+        "objects": False,
+        "hosts": 1,
+        "per_host": 1,
+        "sum_group": 1,
+    }
+    machine.start(num_shards=num_shards, **(usual | others))
+    return machine
+
+
 @pytest.mark.parametrize("struck", [0, 1])
 @pytest.mark.parametrize("kill", [False, True])
 def test_a_member_that_is_replaced_while_its_group_waits_changes_no_bit(
     struck: int, kill: bool
 ) -> None:
     SEEN.clear()
-    machine = FaultsAgainstOneProcess()
-    machine.start(
-        num_shards=2,
-        replicas=0,
-        gone={"rejoin_timeout_s": 1e6},
-        clip={},
-        formula={},
-        pull_dtype=None,
-        objects=False,
-        hosts=2,
-        per_host=2,
-        sum_group=2,
-    )
+    machine = started(num_shards=2, replicas=0, hosts=2, per_host=2, sum_group=2)
     machine.strike_at_a_waiting_push(absent=2, struck=struck, kill=kill, fault="")
     machine.agree()
     assert SEEN["pushed as one"] and SEEN["taken apart"]
@@ -631,19 +637,7 @@ def test_a_shard_whose_standby_moves_is_at_no_moment_without_one(
     and no bit changes.
     """
     SEEN.clear()
-    machine = FaultsAgainstOneProcess()
-    machine.start(
-        num_shards=num_shards,
-        replicas=1,
-        gone={"rejoin_timeout_s": 1e6},
-        clip={},
-        formula={},
-        pull_dtype=None,
-        objects=False,
-        hosts=1,
-        per_host=1,
-        sum_group=1,
-    )
+    machine = started(num_shards=num_shards)
     machine.advance()
     machine.advance()
     before = [machine.world.shards[-1], machine.world.standbys[num_shards - 1]]
@@ -665,19 +659,7 @@ def test_a_shard_whose_standby_moves_is_at_no_moment_without_one(
 
 
 def test_a_successor_that_cannot_be_filled_leaves_the_present_standby_in_place() -> None:
-    machine = FaultsAgainstOneProcess()
-    machine.start(
-        num_shards=1,
-        replicas=1,
-        gone={"rejoin_timeout_s": 1e6},
-        clip={},
-        formula={},
-        pull_dtype=None,
-        objects=False,
-        hosts=1,
-        per_host=1,
-        sum_group=1,
-    )
+    machine = started(num_shards=1)
     machine.advance()
     present, world = machine.world.standbys[0], machine.world
     host, fails = world.shards[0].host, [True, True]
@@ -708,19 +690,7 @@ def test_a_push_that_is_counted_for_a_former_worker_is_so_on_a_shard_that_takes_
     """A worker joins, and then a shard dies that knew of its predecessor's push, which another has
     counted and awaits norms for.
     """
-    machine = FaultsAgainstOneProcess()
-    machine.start(
-        num_shards=2,
-        replicas=1,
-        gone={"rejoin_timeout_s": 1e6},
-        clip={"clipnorm": 1.0},
-        formula={},
-        pull_dtype=None,
-        objects=False,
-        hosts=1,
-        per_host=1,
-        sum_group=1,
-    )
+    machine = started(num_shards=2, clip={"clipnorm": 1.0})
     for _ in range(5):
         machine.advance()
     for rank in (1, 0, 2):

@@ -94,6 +94,16 @@ TABLE: list[tuple[str, Observation, Rules, list[type]]] = [
         [],
     ),
     (
+        "callers act on all shards one after the other",
+        Observation(
+            shards=[alive(**LEAVES, standby=5, has_standby=True), alive()],
+            held=True,
+            held_long=False,
+        ),
+        WAITS,
+        [HandOver],
+    ),
+    (
         "a rank wants to join first",
         Observation(
             shards=[alive(**LEAVES, standby=5, has_standby=True), alive()],

@@ -124,10 +124,10 @@ def a_shard_that_dies_while_its_standby_moves_has_one(
     hosts: RayHosts, first: str, second: str
 ) -> None:
     """It is killed once the successor's process is there, as that is filled, or a moment after."""
-    with optimizer(replicas=1) as one:
-        steps = Stepping(one)
-        for wait_s in (0.0, 0.1, None):
-            eventually(lambda: all_followed(one))
+    for wait_s in (0.0, 0.1, None):
+        with optimizer(replicas=1) as one:  # whose standbys are on the other node each
+            steps = Stepping(one)
+            eventually(partial(all_followed, one))
             addresses = one.shards.backend.addresses
             stays = [address.node for address in addresses].index(second)
             (old,) = standbys_of(one, stays)
@@ -140,10 +140,10 @@ def a_shard_that_dies_while_its_standby_moves_has_one(
             os.kill(addresses[stays].pid, signal.SIGKILL)
             has_left(hosts, first)
             hosts.uncordon(first)
-        eventually(lambda: all_followed(one))
-        steps.end()
-        recoveries = one.shards.backend.supervisor.status().recoveries
-        assert recoveries["promoted"] >= 3 and recoveries["rewound"] == 0, recoveries
+            eventually(partial(all_followed, one))
+            steps.end()
+            recoveries = one.shards.backend.supervisor.status().recoveries
+            assert recoveries["promoted"] >= 1 and recoveries["rewound"] == 0, recoveries
 
 
 def what_lives_through_promotions_and_drains_keeps_nothing_of_them(
@@ -352,9 +352,9 @@ CASES = (
     what_is_new_goes_to_no_node_that_is_to_be_left,
     programs_that_are_there_are_named,
     saves_and_reshards_amid_hand_overs_lose_nothing,
+    ranks_with_state_of_their_own_that_move_change_no_bit,
     a_name_of_several_nodes_or_of_none_is_refused,
     ranks_without_room_elsewhere_stay,
-    ranks_with_state_of_their_own_that_move_change_no_bit,
 )
 
 
