@@ -192,18 +192,19 @@ def placement_options(wanted: Placement, nodes: Sequence[Mapping[str, Any]]) -> 
     selector, avoid = wanted.selector, wanted.avoid
     apart_from = sorted({*avoid.apart_from, *avoid.cordoned})
     avoided = sorted({*avoid.unreachable, *apart_from})
+    suit = sorted(str(node["NodeID"]) for node in _suitable(nodes, selector))
     choices = [dict(selector)]
-    if _NODE not in selector:
+    if _NODE in selector:  # whoever names nodes is obeyed, but for those that are to be left
+        stays = [node for node in suit if node not in avoid.cordoned]
+        if stays and avoid.cordoned:
+            choices = [{**selector, _NODE: f"in({', '.join(stays)})"}]
+    else:
         # the last choice of all is the least that an actor must have
         kept_off = (avoided, apart_from, sorted(avoid.cordoned))
         unlike = dict.fromkeys(f"!in({', '.join(some)})" for some in kept_off if some)
         choices = [{**selector, _NODE: each} for each in unlike]
         choices += [] if avoid.cordoned else [dict(selector)]
-        free = sorted(
-            str(node["NodeID"])
-            for node in _suitable(nodes, selector)
-            if node["NodeID"] not in avoided
-        )
+        free = [node for node in suit if node not in avoided]
         if free and not _positive(wanted.ask):
             position = (wanted.first + wanted.index * wanted.spread) % len(free)
             choices.insert(0, {**selector, _NODE: free[position]})

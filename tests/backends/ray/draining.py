@@ -340,7 +340,7 @@ def ranks_with_state_of_their_own_that_move_change_no_bit(
         optimizer = DistNadam(options=options)
         how: dict[str, Any] = {"backend": "ray", "optimizer": optimizer, "num_shards": 2}
         disturbed = trained(Path(found) / "a", leaves, Counts(), **how)
-        assert moved[True] >= 1 and not moved[False], moved
+        assert 1 <= moved[True] <= 4 and not moved[False], moved  # once for each host, if ever
         assert disturbed == trained(Path(found) / "b", backend="local")
 
 

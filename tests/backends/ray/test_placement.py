@@ -147,3 +147,11 @@ def test_a_silent_node_is_forgotten() -> None:
     assert silent.now == {"a"}
     now[0] += 61.0
     assert silent.now == set()
+
+
+def test_a_node_that_is_to_be_left_is_kept_off_though_the_selector_names_it() -> None:
+    avoid = Avoid(unreachable=["a"], apart_from=["b"], cordoned=["c"])
+    for selector in ("in(a, b, c)", "!in(d, e)"):
+        asked = choices(options(0, THREE, selector={ID: selector}, avoid=avoid))
+        assert asked == [{ID: "in(a, b)"}]
+    assert choices(options(0, THREE, selector={ID: "c"}, avoid=avoid)) == [{ID: "c"}]
