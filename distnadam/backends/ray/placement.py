@@ -189,7 +189,9 @@ def placement_options(wanted: Placement, nodes: Sequence[Mapping[str, Any]]) -> 
     What asks for a resource is left to Ray, which knows what is free and lets an autoscaler know
     what is not.
     """
-    selector, avoid = wanted.selector, wanted.avoid
+    # Ray takes a space in a list for part of a value
+    selector = {key: value.replace(" ", "") for key, value in wanted.selector.items()}
+    avoid = wanted.avoid
     apart_from = sorted({*avoid.apart_from, *avoid.cordoned})
     avoided = sorted({*avoid.unreachable, *apart_from})
     suit = sorted(str(node["NodeID"]) for node in _suitable(nodes, selector))
@@ -197,11 +199,11 @@ def placement_options(wanted: Placement, nodes: Sequence[Mapping[str, Any]]) -> 
     if _NODE in selector:  # whoever names nodes is obeyed, but for those that are to be left
         stays = [node for node in suit if node not in avoid.cordoned]
         if stays and avoid.cordoned:
-            choices = [{**selector, _NODE: f"in({', '.join(stays)})"}]
+            choices = [{**selector, _NODE: f"in({','.join(stays)})"}]
     else:
         # the last choice of all is the least that an actor must have
         kept_off = (avoided, apart_from, sorted(avoid.cordoned))
-        unlike = dict.fromkeys(f"!in({', '.join(some)})" for some in kept_off if some)
+        unlike = dict.fromkeys(f"!in({','.join(some)})" for some in kept_off if some)
         choices = [{**selector, _NODE: each} for each in unlike]
         choices += [] if avoid.cordoned else [dict(selector)]
         free = [node for node in suit if node not in avoided]
