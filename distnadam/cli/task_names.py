@@ -52,7 +52,7 @@ def _module(name: str) -> Any:
                 f"{path}: workers import it by its name, and {module!r} cannot be one of yours: "
                 "rename it"
             )
-    # workers get this path too, so they can import the module by its name
+    # where the module's name leads to it; workers get its source (`training/task_code.py`)
     sys.path.insert(0, str(directory))
     try:
         return importlib.import_module(module)
