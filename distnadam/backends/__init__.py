@@ -1,3 +1,3 @@
-"""Where the shards live: in this process, or in Ray actors. One seam (base), one host of a shard
-(host), two implementations.
+"""Where the shards live: in this process, or in Ray actors. One seam (`base`), two implementations
+(`local` and `ray`), and what chooses one (`factory`).
 """

@@ -2,7 +2,8 @@
 
 Clients see a `Backend` and cannot tell whether the shards are objects of this process, Ray actors,
 or a simulation. It has two parts: `ShardTransport` reaches the shards, `SupervisorClient` reaches
-what watches over them. Nothing here knows a protocol, a process or Ray.
+what watches over them. The protocol's messages pass through it; nothing here knows what they do, a
+process or Ray.
 """
 
 from abc import ABC, abstractmethod
@@ -225,7 +226,7 @@ class ShardTransport(ABC):
         return
 
     def step_at_once(self, step: Step) -> RoundResult | None:
-        """As `WorkerChannel.step_at_once`, of a step from outside, for an only shard."""
+        """As `WorkerChannel.step_at_once`, of a direct step, for an only shard."""
         return None
 
     @abstractmethod

@@ -21,8 +21,8 @@ class Ticket:
     def found_inf(self) -> bool:
         """Whether its round was skipped since a rank voted so; False until `result` knows.
 
-        Of a push whose end this worker sees only after later rounds, as behind a Ctrl-C and steps
-        from outside, it tells this rank's own vote alone.
+        Of a push whose end this worker sees only after later rounds, as behind a Ctrl-C and direct
+        steps, it tells this rank's own vote alone.
         """
         push, ended = self._push, self._push.ended
         if not isinstance(ended, RoundResult):

@@ -1,7 +1,7 @@
 """The scalars of one step, in float64, from the step's number: momentum, bias corrections, decay.
 
 Pure functions of two numbers of the whole optimizer, `iterations` and `m_schedule`, or of the same
-two of each tensor; every shard computes the same bits (`exact`).
+two of each tensor; every shard computes the same bits (`reproducible_math`).
 """
 
 import math

@@ -1,8 +1,9 @@
 """How long a synchronous step takes, phase by phase, and what bounds each.
 
-A step is `fill` (workers copy their gradients into memory that shards or the relay read), `push`,
-`apply`, `pull`, and `turn` (what a round costs however small the model is). A phase takes as long
-as the busiest cable, or the busiest host's cores, whichever is longer.
+A step is `fill` (workers copy their gradients into memory that shards or the relay read), `sum` (a
+group's gradients become one), `push`, `apply`, `replicate` (standbys get what they follow by),
+`pull`, and `turn` (what a round costs however small the model is). A phase takes as long as the
+busiest cable, or the busiest host's cores, whichever is longer.
 """
 
 from dataclasses import dataclass

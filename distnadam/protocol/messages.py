@@ -293,7 +293,7 @@ class SetConfig:
 
 @dataclass(slots=True, kw_only=True)  # not frozen, which costs a microsecond a step
 class Step:
-    """One step of the held shard from an averaged gradient; answered as a push is.
+    """A direct step: of the held shard, from an averaged gradient; answered as a push is.
 
     `incarnation` and `round` identify it, so that it counts once however often it is sent. With
     `in_place` nobody sees the present parameters, so the new ones may be written over them.

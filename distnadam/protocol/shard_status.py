@@ -87,7 +87,7 @@ class Description:
         retired: whether other shards hold its ranges.
         live_owners: by rank, the worker that holds it, as far as this shard knows.
         highest_round: the latest round ever decided, also before a rewind.
-        stepped: the last round that was a step from outside.
+        stepped: the last round that was a direct step.
         idle_s: seconds since the shard last computed a step, norms or a load.
         stepped_s: seconds in which its process has computed steps, so far.
         traffic: by another host's address, the bytes sent there and received from there by TCP.

@@ -1,8 +1,8 @@
 """Which pushes counted: for every rank, runs of consecutive rounds by one incarnation. Exact for
 ever, small always. Pure.
 
-Each step from outside is an incarnation of its own, and so is each handle's first one, at random: a
-run of one handle's steps rises with its rounds.
+Each direct step is an incarnation of its own, and so is each handle's first one, at random: a run of
+one handle's steps rises with its rounds.
 """
 
 from collections import Counter
@@ -10,15 +10,15 @@ from collections.abc import Mapping
 from typing import Any
 
 DIRECT = -1
-"""The rank under which a step from outside (`apply_gradients`) is entered."""
+"""The rank under which a direct step (`apply_gradients`) is entered."""
 
 
 class Ledger:
     """The rounds in which each (rank, incarnation) was counted.
 
     Attributes:
-        newest: the newest incarnation of each rank, 0 where there was none; of steps from outside
-            the highest.
+        newest: the newest incarnation of each rank, 0 where there was none; of direct steps the
+            highest.
     """
 
     def __init__(self) -> None:

@@ -19,8 +19,8 @@ from distnadam.shard.phases import Phase
 
 
 def close(shard: Shard, first: msg.Push | msg.Step, *others: msg.Push) -> bool:
-    """Enter the pushes that the round in progress still lacks, or a step from outside, and close
-    the round for its step; return False, with nothing changed, unless it is ordinary.
+    """Enter the pushes that the round in progress still lacks, or a direct step, and close the
+    round for its step; return False, with nothing changed, unless it is ordinary.
 
     Nobody waits for those pushes: their caller learns of the round's end by `end`.
     """
@@ -66,8 +66,8 @@ def _are_alike(shard: Shard, first: msg.Push, others: Sequence[msg.Push]) -> boo
 
 
 def _is_ordinary(shard: Shard, step: msg.Step) -> bool:
-    """Whether a step from outside is current, holds no shard, and has no norms, and no settings
-    but overrides, and nobody else acts.
+    """Whether a direct step is current, holds no shard, and has no norms, and no settings but
+    overrides, and nobody else acts.
     """
     current, hold = shard.rounds.current, shard.exclusive_hold
     return not (

@@ -113,7 +113,7 @@ class Round:
 
     @property
     def is_direct(self) -> bool:
-        """Whether it is a step from outside (`apply_gradients`)."""
+        """Whether it is a direct step (`apply_gradients`)."""
         return DIRECT in self.pushes
 
     def take_settings(self) -> None:

@@ -163,7 +163,7 @@ class Rounds:
             )
 
     def direct_step(self, message: msg.Step, caller: Any) -> list[Effect]:
-        """Take the next round for a step from outside; the pushes that wait for it are late."""
+        """Take the next round for a direct step; the pushes that wait for it are late."""
         progress, who = self.progress, f"shard {self._shard}"
         if message.settings is not ORDINARY:
             self._check_absent(message.settings)
@@ -183,7 +183,7 @@ class Rounds:
         return dropped
 
     def enter_direct(self, message: msg.Step) -> msg.Push:
-        """Enter a step from outside in the round in progress, which is empty; return its push."""
+        """Enter a direct step in the round in progress, which is empty; return its push."""
         progress = self.progress
         push = msg.Push(
             epoch=progress.epochs.now,
@@ -200,7 +200,7 @@ class Rounds:
         return push
 
     def direct_norms(self, message: msg.StepNorms, caller: Any) -> None:
-        """Give the step from outside the whole model's sums of squares."""
+        """Give the direct step the whole model's sums of squares."""
         pushed = self.current.pushes.get(DIRECT)
         waiter = Waiter(caller, DIRECT, 0 if pushed is None else pushed.incarnation)
         self.current.add_norms(self._checked(message.square_sums), waiter)

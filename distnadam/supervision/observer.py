@@ -177,7 +177,7 @@ class Observer:
         return token if expired else None
 
     def _uneven_for_long(self, described: Sequence[Description], now: float, *, held: bool) -> bool:
-        """Whether some shards lack a step from outside that others applied, and nobody brings it.
+        """Whether some shards lack a direct step that others applied, and nobody brings it.
 
         A holder may be about to bring it; or it may wait for the same.
         """

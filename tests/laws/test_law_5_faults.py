@@ -403,7 +403,7 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
 
     @cached_property
     def outsider(self) -> ShardGroup:
-        """One handle for all steps from outside: an only shard is not held for most of them."""
+        """One handle for all direct steps: an only shard is not held for most of them."""
         return self.controller()
 
     def controller(self) -> ShardGroup:

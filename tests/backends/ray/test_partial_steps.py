@@ -1,4 +1,4 @@
-"""A step from outside that reached some shards only, since a call was lost or its caller died."""
+"""A direct step that reached some shards only, since a call was lost or its caller died."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
