@@ -58,7 +58,10 @@ class Commands(click.Group):
             return super().main(*args, **extra)
         except OSError as error:  # of a full disk behind standard output, above all
             with suppress(OSError):
-                click.echo(f"distnadam: the system refused: {error.strerror or error}", err=True)
+                which = "" if error.filename is None else f"{error.filename}: "
+                click.echo(
+                    f"distnadam: {which}the system refused: {error.strerror or error}", err=True
+                )
             _drop(sys.stdout)
             sys.exit(1)
         finally:

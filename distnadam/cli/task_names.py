@@ -1,6 +1,7 @@
 """Finds the task that a command line names."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def _module(name: str) -> Any:
         directory, module = Path.cwd(), name
     else:
         path = Path(name).absolute()
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise click.UsageError(f"{path}: there is no such file")
         directory, module = path.parent, path.stem
         if not module.isidentifier() or not _is_free(module, path):

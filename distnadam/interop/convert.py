@@ -175,7 +175,7 @@ def import_checkpoint(
         )
     path = Path(local_path(source, "source"))
     job = Conversion(path, order=order, config=config or {}, lossy=lossy)
-    if not job.path.is_file():
+    if not os.path.isfile(job.path):
         raise CheckpointError(f"{job.path}: there is no such file")
     state = _READERS[source_format](job)
     job.settle()

@@ -5,6 +5,7 @@ spike is lost; phases are means over stretches.
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def read_run(directory: Path, *, verify: bool = True, is_running: bool = False) 
         TrainingError: the directory holds no run.
     """
     metrics_path = directory / "metrics.csv"
-    if not metrics_path.is_file():
+    if not os.path.isfile(metrics_path):
         raise TrainingError(f"{directory}: holds no run: there is no metrics.csv in it")
     steps, events = read_steps(metrics_path), _of_this_run(read_events(directory / NAME))
     start = _last(events, "start")

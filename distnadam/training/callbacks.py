@@ -13,14 +13,17 @@ from typing import Any
 
 from typing_extensions import override
 
+from distnadam.checkpoint.contents import packed_data
 from distnadam.client.status import Status
-from distnadam.errors import RayLost, Rewound, ShardLost, TrainingError, Unrecoverable
+from distnadam.errors import ConfigError, RayLost, Rewound, ShardLost, TrainingError, Unrecoverable
 from distnadam.shield import shield
 from distnadam.training.run_handle import RunHandle
 from distnadam.training.steps import StepRecord
 
 _KEY, _STOPS = "callbacks", "stops"
 """What checkpoints have under these names: states, and decisions to stop."""
+_OF_THE_OPTIMIZER = (RayLost, Rewound, ShardLost, Unrecoverable)
+"""Errors that a callback passes on from the optimizer that it asked."""
 
 
 class Callback:
@@ -135,14 +138,21 @@ class CallbackList(Callback):
         self.failure: TrainingError | None = None
         self.interrupted = False
 
-    @property
     def data(self) -> dict[str, Any]:
-        """What a checkpoint holds of them.
-
-        Raises:
-            TrainingError: one does not return its state.
+        """Return what a checkpoint holds of them. One that does not return its state has none
+        there, and counts as one that raised.
         """
-        states = {name: state for name, state in self._states().items() if state}
+        states = {}
+        for name, callback in self._named.items():
+            try:
+                if state := _state_of(name, callback):
+                    states[name] = state
+            except TrainingError as error:
+                error.add_note(
+                    "What is saved has no state of it: a run that resumes from there has it begin "
+                    "as at first."
+                )
+                self._drop(callback, error)
         stops = {name: why for name, why in self.run.stops.items() if name in self._named}
         return ({_KEY: states} if states else {}) | ({_STOPS: stops} if stops else {})
 
@@ -255,16 +265,20 @@ class CallbackList(Callback):
                 if self._knows_run:
                     self.run.calls = self._names[id(callback)]
                 getattr(callback, event)(*args)
-            except (RayLost, Rewound, ShardLost, Unrecoverable):  # of the optimizer that it asked
+            except _OF_THE_OPTIMIZER:
                 raise
             except KeyboardInterrupt:  # the others get the event all the same
                 if self.interrupted:
                     raise
                 self.interrupted = True
             except Exception as error:
-                self._callbacks = [each for each in self._callbacks if each is not callback]
-                if self.failure is None:
-                    self.failure = _failure(callback, event, args, error)
+                self._drop(callback, _failure(callback, event, args, error))
+
+    def _drop(self, callback: Callback, failure: TrainingError) -> None:
+        """Have a callback get no further events, and the run end with its failure."""
+        self._callbacks = [each for each in self._callbacks if each is not callback]
+        if self.failure is None:
+            self.failure = failure
 
 
 def _named(callbacks: Sequence[Callback]) -> Iterator[tuple[str, Callback]]:
@@ -277,14 +291,19 @@ def _named(callbacks: Sequence[Callback]) -> Iterator[tuple[str, Callback]]:
 
 
 def _state_of(name: str, callback: Callback) -> dict[str, Any]:
+    """Return a callback's state; raise TrainingError if it has none that a checkpoint can hold."""
     try:
         state = callback.state()
+    except _OF_THE_OPTIMIZER:
+        raise
     except Exception as error:
-        raise TrainingError(
-            f"callback {name}.state: it raised {type(error).__name__}: {error}"
-        ) from error
+        raise _failure(callback, "state", (), error) from error
     if not isinstance(state, dict):
         raise TrainingError(f"callback {name}.state: expected a dict, got {state!r}")
+    try:
+        packed_data(state)
+    except ConfigError as error:
+        raise TrainingError(f"callback {name}.state: {error}") from error
     return state
 
 

@@ -42,7 +42,7 @@ class MetricsFile(Callback):
     def on_begin(self, step: int, steps: int) -> None:
         self.on_end()
         kept = []
-        if self._path.exists():
+        if os.path.exists(self._path):
             kept = [row for row in _rows(self._path) if int(row[0]) <= step]
         if self._began is None:
             self._began = time.monotonic() - max((_seconds(row) for row in kept), default=0.0)
@@ -144,14 +144,14 @@ def read_evaluations(path: Path) -> list[tuple[int, str, float]]:
 
 def evaluation_at(path: Path, step: int) -> dict[str, float]:
     """Return the metrics of the evaluation after a step; {} if the file has none."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         return {}
     return {row[1]: float(row[2]) for row in _rows(path) if int(row[0]) == step and not row[3]}
 
 
 def say_if_anew(path: Path, say: Callable[[str], None]) -> None:
     """Say it, if a metrics file is of a run that saved nothing, as one begins from its start."""
-    if path.is_file():
+    if os.path.isfile(path):
         steps = [int(row[0]) for row in _rows(path)]
         reached = f"reached step {max(steps)}" if steps else "made no step"
         say(f"beginning anew: the run before in {path.parent} {reached} and saved no checkpoint")
@@ -159,15 +159,23 @@ def say_if_anew(path: Path, say: Callable[[str], None]) -> None:
 
 def _rows(path: Path) -> list[list[str]]:
     """Return the rows that are whole; the last one may have been cut off, others have no more than
-    a value.
+    a value, and one that was damaged is left out.
+
+    Raises:
+        TrainingError: the file cannot be read.
     """
     rows = []
-    with open(path, newline="", encoding="utf-8") as file:
-        for row in csv.reader(file):
-            with contextlib.suppress(ValueError, IndexError):
-                float(row[2]), int(row[0])
-                if len(row) in _LENGTHS:
-                    rows.append(row + [""] * (len(COLUMNS) - len(row)))
+    try:
+        with open(path, newline="", encoding="utf-8", errors="replace") as file:
+            for row in csv.reader(file):
+                with contextlib.suppress(ValueError, IndexError):
+                    float(row[2]), int(row[0])
+                    if len(row) in _LENGTHS:
+                        rows.append(row + [""] * (len(COLUMNS) - len(row)))
+    except csv.Error:  # a quote without its other took in all that follows
+        pass
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot be read: {error.strerror or error}") from error
     return rows
 
 

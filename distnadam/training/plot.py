@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,7 +133,7 @@ def bounds(values: list[float]) -> tuple[float, float]:
 
 
 def _series(path: Path) -> dict[str, Points]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise TrainingError(f"{path}: there is no such metrics file")
     series: dict[str, Points] = {}
     for step, metric, value in read_metrics(path):

@@ -177,7 +177,7 @@ def check_disk(directory: LocalDirectory, plan: Plan, checkpoint_bytes: int) -> 
     will save there beside what it has saved.
     """
     there = directory.path
-    while not there.exists():
+    while not os.path.exists(there):
         there = there.parent
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         why = "you may not write there" if there.is_dir() else "it is no directory"

@@ -339,7 +339,7 @@ class TrainingRun:
     def _save(
         self, checkpoints: CheckpointManager, optimizer: DistNadam, step: int, *, wait: bool
     ) -> None:
-        data = self.request.state.data | self.callbacks.data
+        data = self.request.state.data | self.callbacks.data()
         checkpoints.save(optimizer, step, data=data, wait=wait)
 
     def _evaluate(self, optimizer: DistNadam, step: int) -> None:

@@ -36,6 +36,15 @@ from distnadam.versions import CORE_PACKAGES, installed_version
 
 NAME = "events.jsonl"
 _LOADS_EVERY_S = 10.0
+_FIELDS: dict[str, dict[str, type]] = {
+    "begin": {"step": int, "steps": int},
+    "hosts": {"shards": list, "workers": list},
+    "recovery": {"step": int, "who": str, "text": str},
+    "checkpoint": {"step": int, "path": str},
+    "message": {"text": str},
+    "end": {"outcome": str},
+}
+"""What readers take of each event."""
 _RECORDED_PACKAGES = (*CORE_PACKAGES, "llvmlite", "torch", "jax", "keras")
 
 
@@ -180,12 +189,20 @@ def _size(path: Path | str) -> int | None:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """Return the events of a run; a line that was cut off, or is none of ours, is left out."""
+    """Return the events of a run; a line that was cut off or damaged, or is none of ours, is left
+    out.
+    """
     found = []
     with suppress(FileNotFoundError), path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             with suppress(ValueError):
                 event = json.loads(line)
-                if isinstance(event, dict) and isinstance(event.get("event"), str):
+                if isinstance(event, dict) and _is_whole(event):
                     found.append(event)
     return found
+
+
+def _is_whole(event: dict[str, Any]) -> bool:
+    kind = event.get("event")
+    fields = _FIELDS.get(kind, {}) if isinstance(kind, str) else {"event": str}
+    return all(isinstance(event.get(name), kind) for name, kind in fields.items())

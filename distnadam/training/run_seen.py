@@ -1,9 +1,11 @@
 """A run that goes on elsewhere, as its shards tell of it, and its files, where they can be seen."""
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
 from distnadam.client.status import Status
+from distnadam.errors import TrainingError
 from distnadam.training.metrics_file import read_evaluations, read_steps
 from distnadam.training.panel import RunView
 from distnadam.training.run_record import NAME, read_events
@@ -27,7 +29,8 @@ class RunSeen:
         """Return it, after another look at the shards."""
         view = RunView(self._name)
         if status.checkpoint is not None:
-            with suppress(OSError, ValueError):  # it is a URL, or on another host
+            # it is a URL, or on another host, or its files are damaged
+            with suppress(OSError, ValueError, LookupError, TypeError, TrainingError):
                 _read(view, Path(status.checkpoint).parent)
         view.step, view.status = max(status.step, view.step), status
         view.steps_per_s = status.steps_per_s or 0.0
@@ -37,7 +40,7 @@ class RunSeen:
 
 def _read(view: RunView, directory: Path) -> None:
     path = directory / "metrics.csv"
-    if not path.is_file() or path.stat().st_size > _LARGEST_BYTES:
+    if not os.path.isfile(path) or path.stat().st_size > _LARGEST_BYTES:
         return
     seen = read_steps(path)
     columns = zip(seen.steps, seen.losses, seen.rates, seen.phases, strict=True)

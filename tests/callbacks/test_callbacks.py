@@ -26,7 +26,7 @@ from distnadam.schedules import Constant
 from distnadam.training.callbacks import CallbackList
 from distnadam.training.run_handle import RunHandle
 from distnadam.training.steps import StepRecord
-from tests.training.test_fit import Quadratic, train
+from tests.training.test_fit import Quadratic, train, weights
 
 
 class Scripted(Quadratic):
@@ -245,7 +245,7 @@ def test_a_decision_after_the_checkpoint_that_a_run_goes_back_to_is_made_again()
     both.begin(None)
     both.on_record(StepRecord(1, 0.5, 0.1, (0,)))
     assert both.ends_run
-    saved = both.data
+    saved = both.data()
     both.begin(None)
     assert not both.ends_run
     both.begin(saved)
@@ -286,6 +286,44 @@ def test_a_callback_that_does_not_return_its_state_is_named(
 
     with pytest.raises(TrainingError, match=f"callback Odd.state: {expected}"):
         run(tmp_path, [3.0], Odd())
+
+
+@pytest.mark.parametrize(
+    ("returned", "expected"),
+    [
+        (None, "expected a dict, got None"),
+        ({"of": object()}, r"data\['of'\]"),
+        (ValueError("odd"), "it raised ValueError: odd"),
+    ],
+)
+def test_what_was_reached_is_saved_where_a_callback_does_not_return_its_state(
+    tmp_path: Path, returned: object, expected: str
+) -> None:
+    class Odd(LambdaCallback):
+        is_odd = False
+
+        def state(self) -> Any:
+            if not self.is_odd:
+                return {}
+            if isinstance(returned, Exception):
+                raise returned
+            return returned
+
+        def on_step(self, step: int, loss: float) -> None:
+            self.is_odd = self.is_odd or step == 4
+
+    settings: dict[str, Any] = {"evaluate_every": 2, "save_every": 2}
+    stop = EarlyStopping(patience=5)
+    values = Scripted([3.0, 2.0, 1.0, 1.0, 1.0])
+    with pytest.raises(TrainingError, match=f"callback Odd.state: {expected}") as failed:
+        train(tmp_path / "run", 10, values, callbacks=[Odd(), stop], **settings)
+    assert "has no state of it" in str(failed.value.__notes__)
+    history = train(
+        tmp_path / "run", 10, Scripted([1.0] * 4), callbacks=[EarlyStopping(patience=5)], **settings
+    )
+    assert history.steps[0] == 5, "the newest checkpoint is of the step where it raised"
+    train(tmp_path / "whole", 10, Scripted([1.0] * 5), **settings)
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
 
 
 def test_the_best_model_is_saved_in_a_directory_of_its_own(tmp_path: Path) -> None:

@@ -133,6 +133,26 @@ def test_a_metrics_file_keeps_the_rows_up_to_the_step_that_a_run_begins_at(tmp_p
     ]
 
 
+def test_what_was_damaged_of_a_metrics_file_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    file = MetricsFile(path)
+    file.on_begin(0, 9)
+    file.on_records([record(step, 0.5) for step in range(1, 5)])
+    file.on_end()
+    lines = path.read_bytes().splitlines(keepends=True)
+    damaged = (b"\xff" + lines[2][1:], b'"' + lines[4].rstrip() * 10_000)
+    path.write_bytes(b"".join([*lines[:2], damaged[0], lines[3], damaged[1]]))
+    assert read_metrics(path) == [(1, "loss", 0.5), (3, "loss", 0.5)]
+    assert evaluation_at(path, 3) == {}
+    file.on_begin(3, 9)
+    file.on_end()
+    assert len(read_metrics(path)) == 2
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(TrainingError, match=r"metrics\.csv: cannot be read: Is a directory"):
+        read_metrics(path)
+
+
 def test_a_metrics_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"missing/metrics\.csv: cannot be written: No such"):
         MetricsFile(tmp_path / "missing" / "metrics.csv").on_begin(0, 9)

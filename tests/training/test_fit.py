@@ -1,5 +1,6 @@
 """`fit`: segments, records, resuming, refusals, errors of the task, and cleaning up."""
 
+import re
 import signal
 import threading
 import time
@@ -14,8 +15,11 @@ from distnadam.checkpoint import store
 from distnadam.checkpoint.run_lock import make_run_lock
 from distnadam.checkpoint.storage.resolve import open_directory
 from distnadam.errors import CheckpointBusy, CheckpointError, ConfigError, TrainingError
+from distnadam.interop import import_checkpoint
+from distnadam.report.data import read_run
 from distnadam.training.callbacks import Callback
 from distnadam.training.metrics_file import read_metrics
+from distnadam.training.plot import plot_loss
 from distnadam.training.run_directory import claim_run_directory
 from distnadam.training.tasks.digits import Digits
 
@@ -341,6 +345,20 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         train(tmp_path / "file")
     with pytest.raises(ConfigError, match="task must have init"):
         fit(None, steps=3, checkpoint_dir=tmp_path)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["d" * 300, "/".join(["d" * 200] * 30)])
+def test_a_path_that_is_too_long_is_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    refusals = [
+        (CheckpointError, lambda: train(path)),
+        (CheckpointError, lambda: import_checkpoint(path, tmp_path / "out", source_format="torch")),
+        (TrainingError, lambda: plot_loss(path, tmp_path / "loss.png")),
+        (TrainingError, lambda: read_run(path)),
+    ]
+    for error, call in refusals:
+        with pytest.raises(error, match=re.escape(str(path))):
+            call()
 
 
 def test_ctrl_c_while_the_driver_evaluates_saves_too(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from distnadam import DistNadam
 from distnadam.errors import LifecycleError, TrainingError
+from distnadam.report.data import read_run
 from distnadam.training.callbacks import Callback
 from distnadam.training.metrics_file import read_steps
 from distnadam.training.run_record import NAME, read_events
@@ -158,3 +159,16 @@ def test_a_callback_sees_the_optimizer_sets_its_rate_and_stops_the_run(
     with pytest.raises(LifecycleError, match="no optimizer yet, or no longer"):
         _ = callback.run.optimizer
     assert train(tmp_path, 20, backend=backend).steps == list(range(9, 21))
+
+
+def test_a_line_that_was_damaged_is_left_out(tmp_path: Path) -> None:
+    train(tmp_path, 6, save_every=3, evaluate_every=3)
+    path = tmp_path / NAME
+    lines = path.read_bytes().splitlines(keepends=True)
+    whole = read_events(path)
+    for damage in [(b'"step"', b'"stop"'), (b'"path"', b'"bath"'), (b'": ', b'": "')]:
+        damaged = [line.replace(*damage) for line in lines]
+        for index in range(1, len(lines)):
+            path.write_bytes(b"".join([*lines[:index], damaged[index], *lines[index + 1 :]]))
+            assert len(read_events(path)) >= len(whole) - 1
+            assert read_run(tmp_path, verify=False)["reached"] == 6
