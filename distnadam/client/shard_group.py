@@ -1,5 +1,5 @@
-"""Acting on all shards as one optimizer: pause them at one round, then read, write or load; and direct
-steps.
+"""Acting on all shards as one optimizer: pause them at one round, then read, write or load; and
+direct steps.
 
 Shard 0 is paused first and the others after it, so that two clients that act at once queue there
 and never wait for each other in a ring. No maths, no Ray.

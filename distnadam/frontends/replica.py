@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from distnadam.client.statement import state
+from distnadam.client.agreement import agree_on
 from distnadam.client.user_state import params_from
 from distnadam.config import Options
 from distnadam.errors import ConfigError, LifecycleError, StepTimeout, StructureError
@@ -264,7 +264,7 @@ class Replica:
         whole = params_from(shards.layout, dict(params))
         if self.num_workers > 1:
             bits = [digest_bytes(np.asarray(params[name]).tobytes()) for name in changed]
-            state(worker.session, in_words(list(zip(changed, bits, strict=True))))
+            agree_on(worker.session, in_words(list(zip(changed, bits, strict=True))))
             epoch = worker.session.epoch
         if self.rank == 0:
             shards.fill({"params": with_changed(shards, whole, frozenset(changed))})

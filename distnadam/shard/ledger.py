@@ -1,8 +1,8 @@
 """Which pushes counted: for every rank, runs of consecutive rounds by one incarnation. Exact for
 ever, small always. Pure.
 
-Each direct step is an incarnation of its own, and so is each handle's first one, at random: a run of
-one handle's steps rises with its rounds.
+Each direct step is an incarnation of its own, and so is each handle's first one, at random: a
+run of one handle's steps rises with its rounds.
 """
 
 from collections import Counter

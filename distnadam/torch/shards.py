@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from distnadam.client.statement import state
+from distnadam.client.agreement import agree_on
 from distnadam.client.user_state import params_from
 from distnadam.config import Options, Topology
 from distnadam.errors import ConfigError, StepTimeout, StructureError
@@ -260,7 +260,7 @@ class Shards:
             arrays["params"] = params_from(self.layout, dict(params))
         epoch = 0
         if self.several:
-            state(self.worker.session, what)
+            agree_on(self.worker.session, what)
             epoch = self.worker.session.epoch
         if self.place.rank:
             self._await(settings, epoch if arrays else None)

@@ -7,7 +7,7 @@ from distnadam.client.worker_session import WorkerSession
 from distnadam.protocol.round_settings import RoundSettings
 
 
-def state(session: WorkerSession, what: str) -> None:
+def agree_on(session: WorkerSession, what: str) -> None:
     """Wait until all ranks have said the same, in a round of its own, after which no step follows.
 
     Args:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from distnadam import DistNadam
-from distnadam.client.statement import state
+from distnadam.client.agreement import agree_on
 from distnadam.errors import RanksDisagree
 
 ONES = {"w": np.ones(3, np.float32)}
@@ -37,14 +37,17 @@ def test_ranks_that_say_the_same_go_on_without_a_step_and_others_are_refused(bac
         one, other = workers = [optimizer.worker(rank) for rank in range(2)]
         assert together(*[lambda w=w: w.step(ONES) for w in workers]) == ["", ""]
         before = optimizer.get_params()["w"].tobytes()
-        assert together(*[lambda w=w: state(w.session, "'w' (12ab)") for w in workers]) == ["", ""]
+        assert together(*[lambda w=w: agree_on(w.session, "'w' (12ab)") for w in workers]) == [
+            "",
+            "",
+        ]
         assert (optimizer.round, optimizer.iterations) == (2, 1)
         for work in (
-            lambda: state(other.session, "'w' (34cd)"),
+            lambda: agree_on(other.session, "'w' (34cd)"),
             lambda: other.step(ONES),
             lambda: other.step(found_inf=True),
         ):
-            said = together(lambda: state(one.session, "'w' (12ab)"), work)
+            said = together(lambda: agree_on(one.session, "'w' (12ab)"), work)
             assert said[0] == said[1] and "rank 0 changed 'w' (12ab), rank 1 changed " in said[0]
         assert optimizer.get_params()["w"].tobytes() == before
         assert together(*[lambda w=w: w.step(ONES) for w in workers]) == ["", ""]
