@@ -93,6 +93,7 @@ clean: ## remove environments and build outputs
 	rm -rf $(VENV) $(INTEROP) $(BENCH) .venv-ray-* build dist *.egg-info .coverage .coverage.*
 
 $(VENV)/installed: pyproject.toml constraints.txt
+	@echo "installing into $(VENV), once: 1 to 2 minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(PIP_INSTALL) constraints.txt --editable ".[dev]"
 	touch $@

@@ -27,6 +27,10 @@ _COMMANDS = {
 """The commands by purpose, as `--help` lists them; others are last."""
 
 
+_LONGEST_HELP = 400
+"""Of a command in the list: its first sentence, which is wrapped and never cut."""
+
+
 def _order(name: str) -> int:
     """Return the place of a command in the help; those that are in no section are last."""
     names = [each for names in _COMMANDS.values() for each in names]
@@ -43,7 +47,7 @@ class Commands(click.Group):
         for name in sorted(self.list_commands(ctx), key=_order):
             command = self.get_command(ctx, name)
             if command is not None and not command.hidden:
-                row = (name, command.get_short_help_str(formatter.width - 20))
+                row = (name, command.get_short_help_str(_LONGEST_HELP))
                 rows.setdefault(listed.get(name, "Other"), []).append(row)
         for title, found in rows.items():
             with formatter.section(title):

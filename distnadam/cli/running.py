@@ -1,6 +1,7 @@
 """The commands on a named optimizer that runs on a Ray cluster: status, save, stop."""
 
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -68,7 +69,8 @@ def status(name: str, address: str | None, *, watch: bool, every: float, as_json
             with Live(console=plain_console(soft_wrap=False), auto_refresh=False) as live:
                 seen = RunSeen(name)
                 for report in reports:
-                    live.update(panel.render(seen.view(report)), refresh=True)
+                    shown_now = panel.render(seen.view(report))
+                    live.update(panel.above_a_free_line(shown_now), refresh=True)
 
 
 @main.command()
@@ -113,6 +115,9 @@ def joined(address: str | None) -> Iterator[None]:
         os.environ["RAY_ADDRESS"] = address
     # how often, a second each, Ray tries a cluster that refuses it
     os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "3")
+    if sys.stderr is not None and sys.stderr.isatty():  # it takes some seconds
+        where = os.environ.get("RAY_ADDRESS")
+        click.echo(f"joining the Ray at {where}" if where else "looking for a Ray here", err=True)
     with tempfile.TemporaryFile() as hidden:
         stderr = os.dup(2)
         os.dup2(hidden.fileno(), 2)  # Ray's core writes to the descriptor itself

@@ -274,7 +274,8 @@ def _dashboard(asked: str | None) -> list[Callback]:
     from distnadam.report.dashboard import Dashboard, address_of
 
     host, port = address_of(asked)
-    return [Dashboard(host, port, lambda url: click.echo(f"dashboard: {url}", err=True))]
+    dashboard = Dashboard(host, port, lambda url: dashboard.run.say(f"dashboard: {url}"))
+    return [dashboard]
 
 
 def _tried(
@@ -292,6 +293,7 @@ def _tried(
         Settings.of(**(config | {"backend": backend})),
         plan,
         is_given=True,
+        say=lambda text: click.echo(text, err=True),
         **{name: options[name] for name in ("seed", "checkpoint_dir", "resume")},
     )
 

@@ -7,6 +7,7 @@ spike is lost; phases are means over stretches.
 import math
 import os
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def read_run(directory: Path, *, verify: bool = True, is_running: bool = False) 
         "path": str(directory.resolve()),
         "task": start.get("task", "") if start else "",
         "command": start.get("command", []) if start else [],
-        "started": start.get("time") if start else None,
+        "started": events[0].get("time") if start else None,
         "outcome": end["outcome"] if end and is_over else unknown,
         "steps": (start or {}).get("configuration", {}).get("steps"),
         "reached": steps.steps[-1] if steps.steps else 0,
@@ -61,6 +62,7 @@ def read_run(directory: Path, *, verify: bool = True, is_running: bool = False) 
         "metrics": _metrics(metrics_path),
         "time": _time(steps),
         "recoveries": _of(events, "recovery"),
+        "resumes": _resumes(events),
         "checkpoints": _checkpoints(events, verify=verify),
         "hosts": _last(events, "hosts"),
         "configuration": _configuration(start),
@@ -81,6 +83,21 @@ def _of(events: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str, Any
 def _last(events: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any] | None:
     found = _of(events, name)
     return found[-1] if found else None
+
+
+def _resumes(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return at which steps a run was resumed, and how its process before had ended."""
+    starts = [i for i, each in enumerate(events) if each["event"] == "start"]
+    found = []
+    for before, start in pairwise(starts):
+        begin = next(iter(_of(events[start:], "begin")), None)
+        if begin is None:
+            continue
+        end = _last(events[before:start], "end")
+        ended = "was killed" if end is None else f"ended ({end['outcome']})"
+        text = f"the run {ended}, and went on from step {begin['step']}"
+        found.append({"step": begin["step"], "who": "the run", "text": text})
+    return found
 
 
 def _points(steps: Sequence[int], values: Sequence[float]) -> dict[str, list[Any]]:

@@ -35,6 +35,7 @@ function ranges(numbers) {
 
 function number(value, digits = 4) {
   if (value === null || value === undefined) return "-";
+  if (value !== 0 && Math.abs(value) < 1e-4) return Number(value).toExponential(digits - 1);
   return Number(value).toLocaleString("en", { maximumSignificantDigits: digits });
 }
 
@@ -115,23 +116,29 @@ function valueNear(curve, step) {
   return found;
 }
 
+const inWords = ({ who, text }) => (text.startsWith(who) ? text : `${who}: ${text}`);
+
+// What a run went on from: recoveries, and stops that it was resumed after.
+const faults = (run) => [...run.recoveries, ...run.resumes].sort((a, b) => a.step - b.step);
+
 function drawLoss() {
   const traces = [];
-  let recoveries = 0;
+  let crosses = 0;
   for (const { run, index } of shown()) {
     if (byId("raw").checked) {
       traces.push(line(run.loss.raw, index, { opacity: 0.28, hoverinfo: "skip", line: { color: colour(runColour(index)), width: 1 } }));
     }
     traces.push(line(run.loss.smooth, index, { name: run.name, hovertemplate: "%{y:.5g}" }));
-    if (run.recoveries.length) {
-      recoveries += run.recoveries.length;
+    const found = faults(run);
+    if (found.length) {
+      crosses += found.length;
       traces.push({
         type: "scatter",
         mode: "markers",
-        name: "recovery",
-        x: run.recoveries.map((each) => Math.max(each.step, 1)),
-        y: run.recoveries.map((each) => valueNear(run.loss.smooth, each.step)),
-        text: run.recoveries.map((each) => `${each.who}: ${each.text}`.slice(0, 110)),
+        name: "went on",
+        x: found.map((each) => Math.max(each.step, 1)),
+        y: found.map((each) => valueNear(run.loss.smooth, each.step)),
+        text: found.map((each) => inWords(each).slice(0, 110)),
         hovertemplate: "%{text}",
         marker: { symbol: "x", size: 10, color: colour("bad"), line: { color: colour("card"), width: 1 } },
       });
@@ -143,7 +150,7 @@ function drawLoss() {
     plot.removeAllListeners("plotly_relayout");
     plot.on("plotly_relayout", () => setLogTicks("loss"));
   });
-  const cross = recoveries ? " A cross is a fault that the run recovered from." : "";
+  const cross = crosses ? " A cross is a fault or a stop from which the run went on." : "";
   byId("loss-note").textContent = `Thick: smoothed over a fiftieth of the run; thin: each step.${cross} Drag to zoom, double-click to go back.`;
 }
 
@@ -250,7 +257,7 @@ function hostRows({ run, index }) {
 
 function drawTables() {
   table("recoveries", [["run"], ["step", "number"], ["what"]],
-    shown().flatMap(({ run, index }) => run.recoveries.map(({ step, who, text }) => ({ cells: [mark(index), step, text.startsWith(who) ? text : `${who}: ${text}`] }))),
+    shown().flatMap(({ run, index }) => faults(run).map((each) => ({ cells: [mark(index), each.step, inWords(each)] }))),
     "None: nothing died or failed.");
   const verdict = (text) => element("span", text, { class: { verified: "good", complete: "" }[text] ?? "bad" });
   table("checkpoints", [["run"], ["step", "number"], ["size", "number"], ["verdict"]],

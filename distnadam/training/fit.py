@@ -21,7 +21,7 @@ from distnadam.training.checkpoint_manager import Plan, RetentionPolicy
 from distnadam.training.history import History, Recorder
 from distnadam.training.metrics_file import MetricsFile
 from distnadam.training.preflight import check_disk
-from distnadam.training.progress import Verbose, check_verbose, display_of
+from distnadam.training.progress import Verbose, check_verbose, display_of, speaker
 from distnadam.training.resuming import Request
 from distnadam.training.run import TrainingRun
 from distnadam.training.run_directory import claim_run_directory, directory_beside
@@ -196,12 +196,13 @@ def fit(
         _configuration(settings, plan, seed=seed, resume=resume),
         f"{type(task).__module__}:{type(task).__qualname__}",
     )
+    displays = display_of(verbose, history)
     listeners = CallbackList(
         [
             MetricsFile(history.metrics_path),
             Recorder(history),
             record,
-            *display_of(verbose, history),
+            *displays,
             *callbacks,
         ],
         RunHandle(
@@ -210,6 +211,7 @@ def fit(
             steps=plan.steps,
             num_workers=settings.topology.num_workers,
             evaluate_every=plan.evaluate_every,
+            say=speaker(displays),
         ),
     )
     with (

@@ -166,6 +166,13 @@ def _progress(view: RunView) -> RenderableType:
     return line
 
 
+def above_a_free_line(panel: RenderableType) -> RenderableType:
+    """Return the panel of a live display with an empty line below it, where the cursor stays: a
+    terminal that writes ^C there does not shift the panel, which fills its lines.
+    """
+    return Group(panel, Text())
+
+
 def _rows(view: RunView) -> Iterable[tuple[str, Text]]:
     """Yield what is known, by a word for what it is."""
     yield from _training_rows(view)

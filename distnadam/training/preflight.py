@@ -73,6 +73,7 @@ def preflight(
     checkpoint_dir: str | Path | None,
     resume: str,
     is_given: bool,
+    say: Callable[[str], object] = lambda text: None,
 ) -> Preflight:
     """Try a run without a step, and return its plan and what is wrong.
 
@@ -82,6 +83,7 @@ def preflight(
         plan: steps, and what is saved.
         seed, checkpoint_dir, resume: as `fit` takes them.
         is_given: whether hyper-parameters are asked for, see `Request`.
+        say: gets what begins that takes seconds.
     """
     found = Preflight()
     label, topology = task_name(task), settings.topology
@@ -126,6 +128,8 @@ def preflight(
         ("checkpoint", f"{_size(checkpoint_bytes)}, the last {plan.keep.last} are kept"),
     ]
     if not found.problems:
+        ray = "Ray, " if where == "a new Ray" else ""
+        say(f"starting {ray}{topology.num_shards} shards and {topology.num_workers} workers to try")
         with found.trying("starting"):
             _try_start(found, task, settings, params)
     return found

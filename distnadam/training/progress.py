@@ -3,19 +3,27 @@
 import contextlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
+from rich.text import Text
 from typing_extensions import override
 
 from distnadam.client.status import Status
 from distnadam.errors import ConfigError
 from distnadam.training.callbacks import Callback
 from distnadam.training.history import History
-from distnadam.training.panel import RunView, duration, figure, render, step_line
+from distnadam.training.panel import (
+    RunView,
+    above_a_free_line,
+    duration,
+    figure,
+    render,
+    step_line,
+)
 from distnadam.training.steps import StepRecord
 
 Verbose = bool | int | Literal["auto"]
@@ -114,11 +122,15 @@ class ProgressDisplay(Callback):
         if self._live is None:
             with contextlib.suppress(OSError, ValueError):
                 self._live = Live(
-                    get_renderable=lambda: render(self._view),
+                    get_renderable=self._drawn,
                     console=self._console,
                     refresh_per_second=_REFRESH_PER_S,
                 )
                 self._live.start(refresh=True)
+
+    def _drawn(self) -> RenderableType:
+        panel = render(self._view)
+        return panel if self._live is None else above_a_free_line(panel)
 
     def _print(self, text: str, **how: Any) -> None:
         """Print a line, above the panel; a log that cannot be written ends no run."""
@@ -142,6 +154,13 @@ def display_of(verbose: Verbose, history: History) -> list[Callback]:
     return [] if screen is None else [ProgressDisplay(screen, history, is_brief=verbose == 2)]
 
 
+def speaker(displays: Sequence[Callback]) -> Callable[[str], object]:
+    """Return what shows a line to the user beside these displays, or on standard error if none."""
+    for display in displays:
+        return display.on_message
+    return lambda text: print(text, file=sys.stderr, flush=True)
+
+
 def check_verbose(verbose: Any) -> None:
     """Raise ConfigError unless it is one of Keras's values, or "auto"."""
     if verbose not in (0, 1, 2, "auto"):
@@ -153,4 +172,16 @@ def console(verbose: Verbose) -> Console | None:
     if verbose == 0 or sys.stderr is None:
         return None
     # no markup, so that paths and names with brackets and colons are shown as they are
-    return Console(file=sys.stderr, markup=False, emoji=False)
+    return _Screen(file=sys.stderr, markup=False, emoji=False)
+
+
+class _Screen(Console):
+    """Breaks no line of what others write to standard error above the panel: a command or a URL in
+    it is copied whole.
+    """
+
+    @override
+    def print(self, *objects: Any, **how: Any) -> None:
+        if objects and isinstance(objects[0], Text):  # as the panel's stand-in for stderr gives it
+            how.setdefault("soft_wrap", True)
+        super().print(*objects, **how)

@@ -26,6 +26,7 @@ class RunHandle:
         evaluate_every: steps between evaluations; None: only after the last.
         calls: which callback gets an event, or got the last, by its name in checkpoints.
         stops: why a callback stops the run, by its name, the first one first.
+        say: shows the user a line, above the panel where there is one; it is not recorded.
     """
 
     directory: Path
@@ -36,6 +37,7 @@ class RunHandle:
     step: int = 0
     calls: str | None = None
     stops: dict[str | None, str] = field(default_factory=dict)
+    say: Callable[[str], object] = field(default=print, repr=False)
     _optimizer: DistNadam | None = field(default=None, repr=False)
     _before_save: Callable[[], None] = field(default=_nothing, repr=False)
 

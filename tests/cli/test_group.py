@@ -44,7 +44,9 @@ def test_the_console_prints_brackets_and_colons_as_they_are(
 
 
 def test_every_command_describes_itself_and_its_options() -> None:
-    assert CliRunner().invoke(main, ["--help"]).exit_code == 0
+    shown = CliRunner().invoke(main, ["--help"])
+    assert shown.exit_code == 0
+    assert "SHARDS shards, between two steps." in " ".join(shown.output.split()), "none is cut"
     for name, command in main.commands.items():
         assert command.help, name
         assert CliRunner().invoke(main, [name, "-h"]).exit_code == 0

@@ -12,6 +12,7 @@ import pytest
 
 from distnadam.errors import ConfigError, TrainingError
 from distnadam.report.dashboard import Dashboard, address_of
+from tests.terminal import OnTerminal
 from tests.training.test_fit import Quadratic, train
 
 pytest.importorskip("plotly", reason="plotly is not installed")
@@ -85,3 +86,12 @@ def test_a_port_that_is_taken_ends_the_run_by_name(tmp_path: Path) -> None:
 def test_what_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="takes PORT or HOST:PORT"):
         address_of(text)
+
+
+def test_its_url_is_seen_on_a_terminal(tmp_path: Path) -> None:
+    args = ["-m", "distnadam", "train", "digits", "--local", "--dashboard", "--steps", "100000"]
+    with OnTerminal([*args, "--checkpoint-dir", "run"], tmp_path) as terminal:
+        screen = terminal.shows(lambda screen: "compute" in screen)
+        url = re.search(r"dashboard: (\S+)", screen)
+        assert url is not None, screen
+        assert get(url[1])[0] == 200

@@ -44,6 +44,27 @@ def test_a_run_is_read_back_with_what_became_of_its_checkpoints(tmp_path: Path) 
     json.dumps(run, allow_nan=False)
 
 
+def test_a_resumed_run_says_how_it_ended_before(tmp_path: Path) -> None:
+    train(tmp_path, 20, save_every=10)
+    train(tmp_path, 30, save_every=10)
+    events = (tmp_path / "events.jsonl").read_text().splitlines()
+    first_end = next(i for i, line in enumerate(events) if json.loads(line)["event"] == "end")
+    run = read_run(tmp_path)
+    assert run["resumes"] == [
+        {
+            "step": 20,
+            "who": "the run",
+            "text": "the run ended (finished), and went on from step 20",
+        }
+    ]
+    assert run["started"] == json.loads(events[0])["time"], "when it began, not when it went on"
+    del events[first_end]  # as SIGKILL leaves it
+    (tmp_path / "events.jsonl").write_text("\n".join(events))
+    assert read_run(tmp_path)["resumes"][0]["text"] == (
+        "the run was killed, and went on from step 20"
+    )
+
+
 def test_long_curves_keep_their_spikes(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "metrics.csv")
     file.on_begin(0, 30_000)

@@ -23,7 +23,7 @@ from distnadam.backends.ray.placement import Avoid, RecentlyUnreachable
 from distnadam.backends.ray.processes import kill_actor
 from distnadam.config import Options
 from distnadam.errors import ClusterError, VersionMismatch, WorkerLost
-from distnadam.planning.requests import asked_by_workers, worker_ask
+from distnadam.planning.requests import process_awaited, worker_ask
 from distnadam.waiting import REPORT_WAIT_S, say_waiting
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -147,12 +147,7 @@ class RayWorkerGroup(WorkerGroup):
             del self._starting[rank]
             if not ray.wait([self._places[self._actors[rank]]], timeout=0)[0]:
                 free = ray.available_resources()
-                left = [f"{each} {free.get(each, 0.0):g}" for each in worker_ask(self._options)]
-                say_waiting(
-                    f"worker {rank}",
-                    f"for its process, which asks {asked_by_workers(self._options)}; free in the "
-                    f"cluster: {', '.join(left)}",
-                )
+                say_waiting(f"worker {rank}", process_awaited(self._options, free))
 
     def _forget(self, refs: list[Any]) -> None:
         for ref in refs:
