@@ -17,6 +17,8 @@ from ray.exceptions import (
     ActorUnavailableError,
     GetTimeoutError,
     ObjectLostError,
+    ObjectStoreFullError,
+    OutOfDiskError,
     RayActorError,
     RayError,
     RayTaskError,
@@ -35,6 +37,7 @@ from distnadam.backends.ray.joined import (
 from distnadam.errors import (
     ClusterError,
     DistNadamError,
+    InsufficientResources,
     RayLost,
     ShardLost,
     ShardUnavailable,
@@ -44,6 +47,7 @@ from distnadam.errors import (
 _K = TypeVar("_K")
 
 _PAUSE_S = 0.05
+_ROOM_S = 15.0
 _SLICE_S = 0.05
 _TRIES = 5
 _DEAD = re.compile(r"^\s+(pid|ip): (\S+)$", re.MULTILINE)
@@ -91,6 +95,7 @@ def translate(error: Exception, callee: Callee) -> Exception:
     | ActorUnavailableError, ObjectLostError | `callee.unavailable` |
     | any other RayActorError | `callee.died` |
     | GetTimeoutError | StepTimeout |
+    | ObjectStoreFullError, OutOfDiskError, also an actor's | InsufficientResources |
     """
     ours: Exception
     if isinstance(error, RayError) and (end := why_lost()) is not None:
@@ -99,13 +104,17 @@ def translate(error: Exception, callee: Callee) -> Exception:
         return ours
     match error:
         case RayTaskError():  # first: Ray makes it an instance of its cause's class too
-            return unwrap(error)
+            if not isinstance(error.cause, ObjectStoreFullError | OutOfDiskError):
+                return unwrap(error)
+            ours = _no_room(callee)
         case ActorUnavailableError() | ObjectLostError():
             ours = callee.unavailable(f"{callee.who}: {_first_line(error)}{callee.remedy}")
         case RayActorError():
             ours = callee.died(
                 f"{callee.who}: its process or node died{_of_death(error)}{callee.remedy}"
             )
+        case ObjectStoreFullError() | OutOfDiskError():
+            ours = _no_room(callee)
         case GetTimeoutError():
             ours = StepTimeout(f"{callee.who} did not answer in time")
         case _:
@@ -126,6 +135,14 @@ def is_lost(error: BaseException | None) -> bool:
     """Whether a call ended in a way that leaves open if the actor carried it out."""
     return isinstance(error, (ActorUnavailableError, ObjectLostError)) and not isinstance(
         error, RayTaskError
+    )
+
+
+def _no_room(callee: Callee) -> InsufficientResources:
+    return InsufficientResources(
+        f"{callee.who}: Ray's object store has no room for what a call sends or returns, and the"
+        " disk that takes the rest is full: free some of it, or start Ray's node with a larger"
+        " store (ray start --object-store-memory)"
     )
 
 
@@ -203,8 +220,8 @@ def _gather(
 ) -> dict[_K, Any]:
     """Make all calls at once, repeat those that are lost, and return answers and errors."""
     deadline = time.monotonic() + timeout_s
-    made = dict.fromkeys(calls, 1)
-    refs = {key: call() for key, call in calls.items()}
+    times = dict.fromkeys(calls, 1)
+    refs = {key: make_call(call, callee(key)) for key, call in calls.items()}
     answers: dict[_K, Any] = {}
     while refs:
         gone = ended() if ended is not None else ()
@@ -219,7 +236,7 @@ def _gather(
             late = time.monotonic() >= deadline
             if ref in ready:
                 answers[key], lost = _outcome(ref, callee(key))
-                if lost and made[key] < tries and not late:
+                if lost and times[key] < tries and not late:
                     again.append(key)
                     continue
             elif key in gone:
@@ -232,8 +249,8 @@ def _gather(
         if again:
             time.sleep(_PAUSE_S)
         for key in again:
-            made[key] += 1
-            refs[key] = calls[key]()
+            times[key] += 1
+            refs[key] = make_call(calls[key], callee(key))
     return answers
 
 
@@ -263,6 +280,23 @@ def _outcome(ref: Any, callee: Callee) -> tuple[Any, bool]:
             return ours, False
         died = isinstance(error, RayActorError) and not isinstance(error, RayTaskError)
         return ours, is_lost(error) or (died and callee.restarts())
+
+
+def make_call(call: Callable[[], Any], callee: Callee) -> Any:
+    """Make a call, once the object store has room for its arguments; those of others leave it.
+
+    Raises:
+        InsufficientResources: it had none for 15 seconds.
+    """
+    deadline = time.monotonic() + _ROOM_S
+    while True:
+        try:
+            return call()
+        except (ObjectStoreFullError, OutOfDiskError) as error:
+            if time.monotonic() >= deadline:
+                raise translate(error, callee) from error
+        require_ray()
+        time.sleep(_PAUSE_S)
 
 
 def retry_in_background(
@@ -333,15 +367,16 @@ class RayPending(Pending):
             raise ours from ours.__cause__
 
     def _failed(self) -> list[int]:
-        """Return the shards that are known to have died, or whose call was lost."""
+        """Return the shards that are known to have died, or whose call or answer was lost."""
         ready = _ready(list(self._refs.values()), 0)
         failed = []
         for index, ref in self._refs.items():
             if ref in ready:
                 try:
                     ray.get(ref)
-                except RayTaskError:
-                    continue
+                except RayTaskError as error:
+                    if isinstance(unwrap(error), RayTaskError):
+                        failed.append(index)
                 except RayError:
                     failed.append(index)
         return failed

@@ -13,7 +13,9 @@ from distnadam.backends.ray.address import ProcessAddress, Relayed
 from distnadam.backends.ray.calls import (
     Callee,
     RayPending,
+    make_call,
     retry_in_background,
+    shard_callee,
     translate,
 )
 from distnadam.backends.ray.joined import while_ray_lives
@@ -85,7 +87,9 @@ class RayShardTransport(ShardTransport):
                 for call in calls.values():  # one that is lost would hold the shard until a timeout
                     retry_in_background(call)
                 return RayPending({})
-            return RayPending({index: call() for index, call in calls.items()})
+            return RayPending(
+                {index: make_call(call, shard_callee(index)) for index, call in calls.items()}
+            )
 
     @override
     def open_channel(

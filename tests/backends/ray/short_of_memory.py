@@ -13,10 +13,10 @@ from ray.cluster_utils import Cluster
 
 from distnadam import DistNadam, Options
 from distnadam.errors import InsufficientResources
-from tests.backends.ray.on_two_nodes import STORE
 from tests.control_groups import memory_group
 
 MIB = 2**20
+STORE = 800 * MIB  # no object goes to the disk, which may be full
 FITS, LARGE = ({"w": np.ones(size, np.float32)} for size in (10**7, 10**8))
 OPTIONS = Options(shard_resources={"shard": 1})
 
