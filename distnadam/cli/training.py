@@ -29,12 +29,12 @@ from distnadam.errors import RayLost
 from distnadam.optimizer import DistNadam
 from distnadam.places import local_path, shown
 from distnadam.training.callbacks import Callback
-from distnadam.training.checkpoint_manager import Plan, RetentionPolicy
 from distnadam.training.fit import fit
 from distnadam.training.history import History
 from distnadam.training.plot import plot_loss
 from distnadam.training.preflight import Preflight, preflight
 from distnadam.training.progress import Verbose
+from distnadam.training.run_plan import RetentionPolicy, RunPlan
 
 _PASSED_TO_FIT = (
     "num_workers",
@@ -284,7 +284,7 @@ def _tried(
     """Return the plan of a run and what is wrong with it."""
     topology = ("num_workers", "num_shards", "replicas")
     config = optimizer.get_config() | {name: options[name] for name in topology}
-    plan = Plan(
+    plan = RunPlan(
         **{name: options[name] for name in ("steps", "save_every", "evaluate_every", "accumulate")},
         keep=RetentionPolicy(last=options["keep"], every=None, every_s=None),
     )

@@ -3,7 +3,6 @@ complete, old ones removed.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,48 +12,7 @@ from distnadam.checkpoint.storage.local import LocalDirectory
 from distnadam.client.checkpointing import CheckpointWriter
 from distnadam.errors import CheckpointError, RayLost, ShardLost
 from distnadam.optimizer import DistNadam
-
-
-@dataclass(frozen=True)
-class RetentionPolicy:
-    """Which checkpoints stay; see `fit`."""
-
-    last: int
-    every: int | None
-    every_s: float | None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How many steps a run has and of how many micro-batches each is, when it saves and evaluates,
-    and what it keeps.
-    """
-
-    steps: int
-    save_every: int | None
-    evaluate_every: int | None
-    keep: RetentionPolicy
-    accumulate: int = 1
-
-    def boundary_after(self, step: int) -> int:
-        """Return the next step at which something is due."""
-        due = [
-            step + every - step % every
-            for every in (self.save_every, self.evaluate_every)
-            if every is not None
-        ]
-        return min([self.steps, *due])
-
-    @property
-    def most_checkpoints(self) -> int:
-        """How many there are at one time at most: the last are kept while one more is written."""
-        saved = -(-self.steps // (self.save_every or self.steps))
-        kept = self.steps // self.keep.every if self.keep.every else 0
-        return min(saved, self.keep.last + 1 + kept)
-
-    def due(self, every: int | None, step: int) -> bool:
-        """Whether what is due every `every` steps, and at the end, is due after this step."""
-        return step == self.steps or (every is not None and step % every == 0)
+from distnadam.training.run_plan import RetentionPolicy
 
 
 class CheckpointManager:
@@ -62,7 +20,7 @@ class CheckpointManager:
 
     Args:
         saves: the optimizer's own record of the save in flight.
-        claim: on where checkpoints go.
+        lock: held on the directory of checkpoints.
         keep: which of them stay.
         on_save: gets the step and the checkpoint, once it is complete.
         on_message: gets what else the user should know.
@@ -71,14 +29,14 @@ class CheckpointManager:
     def __init__(
         self,
         saves: CheckpointWriter,
-        claim: RunLock,
+        lock: RunLock,
         keep: RetentionPolicy,
         on_save: Callable[[int, Path | str], None],
         on_message: Callable[[str], None],
     ) -> None:
         self._saves = saves
-        self._claim = claim
-        self._directory = claim.directory
+        self._lock = lock
+        self._directory = lock.directory
         self._keep = keep
         self._on_save = on_save
         self._on_message = on_message
@@ -87,10 +45,10 @@ class CheckpointManager:
         """Save, with data beside the state, after waiting for an earlier save.
 
         Raises:
-            CheckpointBusy: another run has taken the folder over.
+            CheckpointBusy: another run has taken the directory over.
         """
         self.finish()
-        self._claim.check()
+        self._lock.check()
         saved = optimizer.save(self._directory, wait=wait, data=data)
         if isinstance(saved, str):
             self._complete(step, saved)

@@ -17,7 +17,6 @@ from distnadam.errors import ConfigError, NotOpen
 from distnadam.optimizer import DistNadam
 from distnadam.tensors.layout import Layout
 from distnadam.training.callbacks import Callback, CallbackList
-from distnadam.training.checkpoint_manager import Plan, RetentionPolicy
 from distnadam.training.history import History, Recorder
 from distnadam.training.metrics_file import MetricsFile
 from distnadam.training.preflight import check_disk
@@ -26,6 +25,7 @@ from distnadam.training.resuming import Request
 from distnadam.training.run import TrainingRun
 from distnadam.training.run_directory import claim_run_directory, directory_beside
 from distnadam.training.run_handle import RunHandle
+from distnadam.training.run_plan import RetentionPolicy, RunPlan
 from distnadam.training.run_record import NAME, RunRecord
 from distnadam.training.task import Task, task_name
 from distnadam.training.task_checks import check_methods
@@ -141,7 +141,7 @@ def fit(
             "backend": backend,
         },
     )
-    plan = Plan(
+    plan = RunPlan(
         steps=check_count("steps", steps),
         save_every=_every("save_every", save_every),
         evaluate_every=_every("evaluate_every", evaluate_every),
@@ -155,18 +155,7 @@ def fit(
     _check_seconds("stop_grace_s", stop_grace_s)
     if keep_every_s is not None:
         _check_seconds("keep_every_s", keep_every_s)
-    if resume not in ("auto", "must", "never"):
-        raise ConfigError(f'resume must be "auto", "must" or "never", got {resume!r}')
-    if not isinstance(task, Task) or isinstance(task, type):
-        hint = f": give an object of it, {task.__name__}(...)" if isinstance(task, type) else ""
-        raise ConfigError(
-            f"task must have init, batch, loss_and_gradients and evaluate, got {task!r}{hint}"
-        )
-    for callback in callbacks:
-        if not isinstance(callback, Callback):
-            raise ConfigError(
-                f"callbacks must be Callbacks (of distnadam.training.callbacks), got {callback!r}"
-            )
+    _check_kinds(task, callbacks, resume)
     seed = check_count("seed", seed, least=0)
     check_verbose(verbose)
     label = task_name(task)
@@ -183,11 +172,10 @@ def fit(
         check_disk(given or LocalDirectory(Path.cwd()), plan, checkpoint_bytes)
     # all has been checked that can be: from here on there are directories
     checkpoints = given or open_directory(claim_run_directory(label))
-    # beside checkpoints at a URL, metrics and plot still need a local directory
-    local, where = checkpoints if isinstance(checkpoints, LocalDirectory) else None, None
-    if local is not None:
-        root = local.path
-    else:
+    is_local = isinstance(checkpoints, LocalDirectory)
+    if isinstance(checkpoints, LocalDirectory):
+        root, where = checkpoints.path, None
+    else:  # metrics and plot still need a local directory
         root, where = directory_beside(checkpoints, label, resumes=resume != "never")
     history = History(root, root / "metrics.csv")
     record = RunRecord(
@@ -197,14 +185,9 @@ def fit(
         f"{type(task).__module__}:{type(task).__qualname__}",
     )
     displays = display_of(verbose, history)
+    files = MetricsFile(history.metrics_path), Recorder(history), record
     listeners = CallbackList(
-        [
-            MetricsFile(history.metrics_path),
-            Recorder(history),
-            record,
-            *displays,
-            *callbacks,
-        ],
+        [*files, *displays, *callbacks],
         RunHandle(
             directory=root,
             task=label,
@@ -217,7 +200,7 @@ def fit(
     with (
         Termination(stop_grace_s) as termination,
         make_run_lock(LocalDirectory(root)) as root_lock,
-        nullcontext(root_lock) if local is not None else make_run_lock(checkpoints) as lock,
+        nullcontext(root_lock) if is_local else make_run_lock(checkpoints) as lock,
     ):
         if where is not None:
             listeners.on_message(where)
@@ -275,7 +258,23 @@ def _checked_settings(optimizer: DistNadam | None, topology: dict[str, Any]) -> 
     return settings
 
 
-def _configuration(settings: Settings, plan: Plan, **others: Any) -> dict[str, Any]:
+def _check_kinds(task: object, callbacks: Sequence[object], resume: str) -> None:
+    """Raise ConfigError unless these are a task's object, callbacks, and a way to resume."""
+    if resume not in ("auto", "must", "never"):
+        raise ConfigError(f'resume must be "auto", "must" or "never", got {resume!r}')
+    if not isinstance(task, Task) or isinstance(task, type):
+        hint = f": give an object of it, {task.__name__}(...)" if isinstance(task, type) else ""
+        raise ConfigError(
+            f"task must have init, batch, loss_and_gradients and evaluate, got {task!r}{hint}"
+        )
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise ConfigError(
+                f"callbacks must be Callbacks (of distnadam.training.callbacks), got {callback!r}"
+            )
+
+
+def _configuration(settings: Settings, plan: RunPlan, **others: Any) -> dict[str, Any]:
     """Return what a run is made with, as plain data: options only where they are not defaults."""
     config, defaults = settings.to_config(), Options().to_dict()
     config["options"] = {k: v for k, v in config["options"].items() if v != defaults[k]}

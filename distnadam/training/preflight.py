@@ -30,9 +30,9 @@ from distnadam.optimizer import DistNadam
 from distnadam.places import place
 from distnadam.planning.requests import asked_by_workers
 from distnadam.tensors.layout import Layout
-from distnadam.training.checkpoint_manager import Plan
 from distnadam.training.rank_loop import make_rank_loop, samples_in
 from distnadam.training.resuming import Request, find_checkpoint
+from distnadam.training.run_plan import RunPlan
 from distnadam.training.steps import in_words
 from distnadam.training.task import Task, task_name
 from distnadam.training.task_checks import check_methods, is_deterministic, repeated
@@ -67,7 +67,7 @@ class Preflight:
 def preflight(
     task: Task,
     settings: Settings,
-    plan: Plan,
+    plan: RunPlan,
     *,
     seed: int,
     checkpoint_dir: str | Path | None,
@@ -136,7 +136,7 @@ def preflight(
 
 
 def _try_task(
-    found: Preflight, task: Task, params: Any, layout: Layout, settings: Settings, plan: Plan
+    found: Preflight, task: Task, params: Any, layout: Layout, settings: Settings, plan: RunPlan
 ) -> None:
     mine, world_size = copied(task, f"task {task_name(task)!r}"), settings.topology.num_workers
     which = {"micro_batch": 0} if plan.accumulate > 1 else {}
@@ -162,7 +162,7 @@ def _try_directory(
     found: Preflight,
     request: Request,
     checkpoint_dir: str | Path | None,
-    plan: Plan,
+    plan: RunPlan,
     checkpoint_bytes: int,
 ) -> None:
     directory = open_directory(checkpoint_dir or place("runs", "the run's directory"))
@@ -176,7 +176,7 @@ def _try_directory(
     found.plan.append(("begins at", "step 0" if checkpoint is None else f"{checkpoint[0]}"))
 
 
-def check_disk(directory: LocalDirectory, plan: Plan, checkpoint_bytes: int) -> None:
+def check_disk(directory: LocalDirectory, plan: RunPlan, checkpoint_bytes: int) -> None:
     """Raise CheckpointError unless a directory can be made, written, and has room for what a run
     will save there beside what it has saved.
     """

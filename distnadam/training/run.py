@@ -29,7 +29,7 @@ from distnadam.errors import (
 )
 from distnadam.optimizer import DistNadam
 from distnadam.training.callbacks import CallbackList
-from distnadam.training.checkpoint_manager import CheckpointManager, Plan
+from distnadam.training.checkpoint_manager import CheckpointManager
 from distnadam.training.history import History
 from distnadam.training.metrics_file import evaluation_at, say_if_anew
 from distnadam.training.plot import plot_loss
@@ -43,6 +43,7 @@ from distnadam.training.resuming import (
     settings_of_resumed,
     with_what_is_saved,
 )
+from distnadam.training.run_plan import RunPlan
 from distnadam.training.step_reports import SeenSteps, report_incomplete, report_steps
 from distnadam.training.task import Task
 from distnadam.training.task_code import TaskCode
@@ -85,7 +86,7 @@ class TrainingRun:
     template: DistNadam | None
     root: Path
     lock: RunLock
-    plan: Plan
+    plan: RunPlan
     callbacks: CallbackList
     history: History
     termination: Termination

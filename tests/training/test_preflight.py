@@ -9,8 +9,8 @@ import pytest
 from distnadam import DistNadam, Options
 from distnadam.config import Settings
 from distnadam.errors import CheckpointError
-from distnadam.training.checkpoint_manager import Plan, RetentionPolicy
 from distnadam.training.preflight import Preflight, preflight
+from distnadam.training.run_plan import RetentionPolicy, RunPlan
 from tests.training.test_fit import Quadratic, train
 
 
@@ -18,7 +18,7 @@ def tried(directory: Path, **settings: Any) -> Preflight:
     return preflight(
         Quadratic(),
         Settings.of(**DistNadam(num_workers=2, num_shards=2, **settings).get_config()),
-        Plan(
+        RunPlan(
             steps=10,
             save_every=None,
             evaluate_every=None,
