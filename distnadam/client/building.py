@@ -100,7 +100,7 @@ def running(name: str) -> tuple[ShardGroup, Settings]:
     """
     backend, spec = factory.connect(name)
     shards = ShardGroup(backend, spec.layout, spec.options)
-    _await_first_state(shards, f"connecting to {name!r}")
+    _await_first_state(shards, name)
     return shards, settings_of(spec)
 
 
@@ -108,7 +108,7 @@ class _NotBegun(DistNadamError):
     """A shard has no state yet."""
 
 
-def _await_first_state(shards: ShardGroup, who: str) -> None:
+def _await_first_state(shards: ShardGroup, name: str) -> None:
     """Wait until whoever starts shards has given them a state: until then they answer with zeros,
     and what is pushed to them is lost.
     """
@@ -120,8 +120,11 @@ def _await_first_state(shards: ShardGroup, who: str) -> None:
     def whom() -> str:
         return f"for whoever builds it to give the shards their state: {shards.reports.busy()}"
 
-    with said_if_long(who, whom, shards.options.step_timeout_s):
-        problem = f"{who}: whoever builds it did not give the shards their state"
+    with said_if_long(f"connecting to {name!r}", whom, shards.options.step_timeout_s):
+        problem = (
+            f"connecting to {name!r}: whoever builds it (`distnadam stop {name}` ends what is left "
+            "of it) did not give the shards their state"
+        )
         shards.retry.poll(look, problem, until_not=_NotBegun)
 
 

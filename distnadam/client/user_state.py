@@ -12,7 +12,7 @@ from distnadam.errors import ConfigError, StructureError
 from distnadam.nadam.step_scalars import Clock, TensorClock
 from distnadam.tensors.arrays import NAME_OF, Array, Flat, empty_flat, own_errors
 from distnadam.tensors.layout import Layout
-from distnadam.tensors.leaves import as_numpy, first_of, kind_of, remedy_of
+from distnadam.tensors.leaves import as_numpy, first_of, kind_of, not_finite, remedy_of
 
 
 def to_weights(layout: Layout, clock: Clock, m: Flat, v: Flat) -> list[Array]:
@@ -107,12 +107,8 @@ def params_from(layout: Layout, params: Any, *, what: str = "params", finite: bo
     """
     flat = layout.flat(params, what=what)
     for tensor, view in zip(layout.tensors, layout.views(flat), strict=True):
-        wrong = ~np.isfinite(view)
-        if finite and wrong.any():
-            raise StructureError(
-                f"{what}: {tensor.path!r}: expected finite values, got NaN or infinity: "
-                f"{first_of(view, wrong)}"
-            )
+        if finite and not np.isfinite(view).all():
+            raise not_finite(tensor.path, view, what)
     return flat
 
 

@@ -198,6 +198,14 @@ def first_of(array: Array, wrong: Array) -> str:
     return f"{array[index]} at index {index}"
 
 
+def not_finite(path: str, array: Array, what: str = "params") -> StructureError:
+    """Return the error for a parameter that has NaN or infinity."""
+    return StructureError(
+        f"{what}: {path!r}: expected finite values, got NaN or infinity: "
+        f"{first_of(array, ~np.isfinite(array))}"
+    )
+
+
 def parameter(path: str, leaf: Any) -> Array:
     """Return the leaf at a path as a parameter to begin with.
 

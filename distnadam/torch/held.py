@@ -277,6 +277,7 @@ class Held:
         if parameters.have_left():
             self.shards.move_parameters()
             parameters.hand_out(self.shards.pull())
+        parameters.require_finite()
         changed, is_edited = parameters.changed(), self._is_edited
         if changed or is_edited or self.shards.differ(settings):
             with torch.no_grad():

@@ -10,7 +10,7 @@ import ctypes
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ from torch.autograd.graph import increment_version
 from distnadam.errors import StructureError
 from distnadam.frontends.changes import in_words
 from distnadam.tensors.arrays import Array
-from distnadam.torch.arrays import as_torch, bits_of, copy_all, digest_of, require_memory
+from distnadam.tensors.leaves import not_finite
+from distnadam.torch.arrays import as_array, as_torch, bits_of, copy_all, digest_of, require_memory
 from distnadam.torch.device_copies import HandedOut, PinnedMemory, device_of
 
 
@@ -50,6 +51,7 @@ class Parameters:
         self._moved: list[torch.Tensor] = []  # those that lie in the shards' memory
         self._slots: list[torch.Tensor] = []  # where each of them does
         self._slot_places: list[int] = []
+        self._writes = 0  # into those in place, as torch had counted them after the last step
         self._copied = list(range(len(self.tensors)))  # all others
         self._kinds = [(tensor.dtype, tensor.shape) for tensor in tensors]
         self._sizes = [tensor.nbytes for tensor in tensors]
@@ -81,6 +83,24 @@ class Parameters:
                 self._slot_places.append(slot.data_ptr())
             else:
                 self._copied.append(index)
+        self._writes = self._count_writes()
+
+    def require_finite(self) -> None:
+        """Raise StructureError if a tensor in the shards' memory was written since the last step,
+        as far as torch counts writes (none through `.data`), and is not finite: it is refused where
+        others are given to the shards.
+        """
+        writes = self._count_writes()
+        if writes == self._writes:
+            return
+        copied = set(self._copied)
+        for index, (name, tensor) in enumerate(zip(self.names, self.tensors, strict=True)):
+            if index not in copied and not torch.isfinite(tensor).all():
+                raise not_finite(name, as_array(tensor))
+        self._writes = writes
+
+    def _count_writes(self) -> int:
+        return sum(map(_version, self._moved))
 
     def have_left(self) -> bool:
         """Return whether a tensor that lay in the shards' memory was given other memory (by
@@ -106,6 +126,7 @@ class Parameters:
                 return True
             slot.copy_(tensor.detach())
             tensor.data = slot
+            self._writes = -1  # it was not counted
         return False
 
     def changed(self) -> list[int]:
@@ -146,6 +167,7 @@ class Parameters:
             with torch.no_grad():
                 self._copy([tree[name] for name in self.names])
         increment_version(self.tensors)
+        self._writes += len(self._moved)
 
     def _copy(self, arrays: list[Any]) -> None:
         handed = self._handed = self._of(arrays)
@@ -285,6 +307,7 @@ def _num_users(tensor: torch.Tensor) -> int:
     return count - 1  # the storage of here
 
 
+_version = attrgetter("_version")
 _data_ptr, _is_set_to, _is_neg = torch.Tensor.data_ptr, torch.Tensor.is_set_to, torch.Tensor.is_neg
 _ALONE = _storage_references(torch.empty(1))
 _ALIGNED = 64

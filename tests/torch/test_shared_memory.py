@@ -405,6 +405,30 @@ def test_a_gradient_that_is_not_finite_leaves_everything_as_it_was() -> None:
     pair.check()
 
 
+@pytest.mark.parametrize("is_new_memory", [False, True])
+def test_a_parameter_that_a_user_makes_not_finite_is_refused_by_name(is_new_memory: bool) -> None:
+    pair = Pair(wide())
+    pair.train(batches(2))
+    for model, optimizer in zip(pair.models, pair.optimizers, strict=True):
+        bias = model[2].bias
+        memory, before = bias.data, bias.detach().clone()
+        loss_of(model, batches(1)[0]).backward()
+        with torch.no_grad():
+            if is_new_memory:
+                bias.data = torch.full((16,), -torch.inf)
+            else:
+                bias[3] = torch.nan
+        for _ in range(2):
+            with pytest.raises(StructureError, match=r"^params: '2\.bias': .* NaN or infinity"):
+                optimizer.step()
+        with torch.no_grad():
+            bias.data = memory
+            bias.copy_(before)
+        optimizer.zero_grad()
+    pair.train(batches(3, 2))
+    pair.check()
+
+
 def test_copies_of_the_model_are_apart_from_it() -> None:
     model = wide()
     optimizer = ours.DistNadam(model.named_parameters(), backend="local")

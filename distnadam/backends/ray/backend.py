@@ -42,7 +42,7 @@ from distnadam.backends.ray.supervisor_client import RaySupervisorClient
 from distnadam.backends.ray.worker_channel import REMEDY
 from distnadam.backends.ray.worker_group import RayWorkerGroup
 from distnadam.config import Options
-from distnadam.errors import ClusterError, NameTaken, NotRunning
+from distnadam.errors import ClusterError, NameTaken, NotRunning, StepTimeout
 from distnadam.metrics.meter import Meter
 from distnadam.planning import descriptors, room
 from distnadam.protocol.messages import ShardSpec
@@ -125,7 +125,13 @@ class RayBackend(Backend):
         spec = RaySupervisorClient(supervisor, name).specs()[0]
         backend = cls(supervisor, name, options=spec.options)
         backend._sum_group = spec.config.sum_group
-        backend.transport.refresh()
+        try:
+            backend.transport.refresh()
+        except StepTimeout as error:
+            raise StepTimeout(
+                f"connecting to {name!r}: whoever builds it (`distnadam stop {name}` ends what is "
+                f"left of it) did not start its shards: {error}"
+            ) from error
         return backend, spec
 
     @classmethod
@@ -165,7 +171,7 @@ class RayBackend(Backend):
             if isinstance(error, ValueError) and "already" in str(error) and name is not None:
                 raise NameTaken(
                     f"an optimizer named {name!r} is running on this cluster: connect to it, "
-                    "or choose another"
+                    f"end it by `distnadam stop {name}`, or choose another name"
                 ) from error
             if isinstance(error, RayError):
                 # the last line of a traceback, the first of any other report

@@ -16,6 +16,7 @@ import pytest
 import ray
 
 from distnadam import DistNadam, Options, waiting
+from distnadam.backends.ray.supervisor_client import RaySupervisorClient
 from distnadam.client.building import start_shards
 from distnadam.client.shard_group import ShardGroup
 from distnadam.config import Settings, Topology
@@ -90,12 +91,40 @@ def test_a_named_optimizer_is_found_from_another_process_and_its_name_is_taken()
         assert ray.get(elsewhere.remote()) == 1
         assert optimizer.iterations == 1
         assert DistNadam.connect("found").get_config()["lr"] == 0.5
-        with pytest.raises(NameTaken, match="'found' is running"):
+        with pytest.raises(NameTaken, match=r"'found' is running.* `distnadam stop found`"):
             DistNadam(name="found", backend="ray").build(START)
         assert optimizer.apply_gradients(START) == 2
     with pytest.raises(NotRunning, match="no optimizer named 'found'"):
         DistNadam.connect("found")
     wait_until_none_is_left()
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        (ShardGroup, "_begin"),
+        pytest.param((RaySupervisorClient, "open_shards"), marks=pytest.mark.nightly),  # a minute
+    ],
+)
+def test_what_a_killed_creator_left_of_a_named_optimizer_is_said_and_ended(
+    place: tuple[type, str],
+) -> None:
+    @ray.remote(num_cpus=0, max_retries=0)
+    def create() -> None:
+        setattr(*place, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+        options = Options(step_timeout_s=1)
+        DistNadam(num_shards=2, name="left", backend="ray", options=options).build(START)
+
+    with pytest.raises(ray.exceptions.WorkerCrashedError):
+        ray.get(create.remote())
+    with pytest.raises(NameTaken, match="`distnadam stop left`"):
+        DistNadam(name="left", backend="ray").build(START)
+    with pytest.raises(StepTimeout, match=r"'left': whoever builds it .`distnadam stop left`"):
+        DistNadam.connect("left")
+    DistNadam.stop("left")
+    wait_until_none_is_left()
+    with DistNadam(num_shards=2, name="left", backend="ray").build(START) as optimizer:
+        assert optimizer.apply_gradients(START) == 1
 
 
 @pytest.mark.parametrize("how", ["build", "restore"])
