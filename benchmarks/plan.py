@@ -15,8 +15,8 @@ from rich.table import Table
 
 from benchmarks.hosts import HOSTS, Case, Hosts
 from distnadam.planning.constants import Constants
+from distnadam.planning.planned_run import PlannedRun
 from distnadam.planning.step_time import StepTime, step_time
-from distnadam.planning.topology import Topology
 from tests.hosts.cluster import Cluster
 from tests.hosts.network import why_not
 
@@ -46,7 +46,7 @@ def constants_of(cluster: Cluster, case: Case, directory: Path) -> Constants:
 
 def planned(case: Case, constants: Constants) -> StepTime:
     """Return the step that the plan expects."""
-    run = Topology(
+    run = PlannedRun(
         parameters=case.elements,
         hosts=HOSTS,
         workers_per_host=case.workers,

@@ -14,8 +14,8 @@ from rich.table import Table
 
 from distnadam.planning.advice import best
 from distnadam.planning.constants import TYPICAL
+from distnadam.planning.planned_run import PlannedRun
 from distnadam.planning.simulation import MEANS, Simulated, Surroundings, simulate
-from distnadam.planning.topology import Topology
 
 HOSTS = (1, 2, 4, 8, 16, 32, 64, 128, 200)
 WORKERS_A_HOST = 5
@@ -53,7 +53,7 @@ SCENES = [
 def simulated(scene: Scene) -> Iterator[tuple[int, list[Simulated]]]:
     """Yield the number of workers, and what each means makes of it."""
     for hosts in HOSTS:
-        run = Topology(parameters=scene.parameters, hosts=hosts, workers_per_host=WORKERS_A_HOST)
+        run = PlannedRun(parameters=scene.parameters, hosts=hosts, workers_per_host=WORKERS_A_HOST)
         chosen, _ = best(run, TYPICAL)
         yield run.workers, simulate(chosen, TYPICAL, scene.around)
 

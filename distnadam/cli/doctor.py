@@ -21,7 +21,7 @@ from distnadam.errors import InsufficientResources, KernelError
 from distnadam.extras import how_to_install
 from distnadam.nadam.kernels import fused_installed, make_stepper
 from distnadam.planning import room
-from distnadam.planning.topology import Topology
+from distnadam.planning.planned_run import PlannedRun
 from distnadam.transport.available_memory import available_bytes
 from distnadam.transport.link import Links
 from distnadam.transport.shared_memory import why_not_shared
@@ -195,7 +195,7 @@ def doctor(
 def _too_small(found: Diagnosis, parameters: int) -> Iterator[str]:
     """Yield a sentence for each host without the memory for its part of a model."""
     hosts = {"this host": available_bytes()} if found.links is None else found.links.memory
-    run = Topology(parameters=parameters, hosts=len(hosts))
+    run = PlannedRun(parameters=parameters, hosts=len(hosts))
     for host, available in hosts.items():
         try:
             room.check(host, available, room.of_host(run))

@@ -12,9 +12,9 @@ from distnadam.cli.group import JSON, echo_json, exit_on_error, main, plain_cons
 from distnadam.planning import memory, peers, traffic
 from distnadam.planning.advice import best
 from distnadam.planning.constants import TYPICAL, Constants
+from distnadam.planning.planned_run import PlannedRun
 from distnadam.planning.simulation import Surroundings, simulate
 from distnadam.planning.step_time import StepTime, step_time
-from distnadam.planning.topology import Topology
 
 _LINK = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG]?)(bit|B)(?:/s)?")
 _FACTOR = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
@@ -110,7 +110,7 @@ def plan(
         if link is not None:
             known = dataclasses.replace(known, link_bytes_per_s=link)
         half = dtype == "bfloat16"
-        run = Topology(
+        run = PlannedRun(
             parameters=parameters,
             hosts=hosts,
             workers_per_host=workers_per_host,
@@ -152,7 +152,7 @@ def plan(
     )
 
 
-def _record(run: Topology, known: Constants, time: StepTime) -> dict[str, Any]:
+def _record(run: PlannedRun, known: Constants, time: StepTime) -> dict[str, Any]:
     return {
         "shards": run.num_shards,
         "sum_group": run.sum_group,
@@ -175,7 +175,7 @@ def _step_table(time: StepTime) -> Table:
     return table
 
 
-def _traffic_table(run: Topology, known: Constants) -> Table:
+def _traffic_table(run: PlannedRun, known: Constants) -> Table:
     speed = f"{8e-9 * known.link_bytes_per_s:g} Gbit/s"
     title = f"MB of a step at the busiest host, over a cable of {speed}"
     table = Table("what", "sent", "received", title=title)
@@ -189,7 +189,7 @@ def _traffic_table(run: Topology, known: Constants) -> Table:
     return table
 
 
-def _node_table(run: Topology) -> Table:
+def _node_table(run: PlannedRun) -> Table:
     table = Table("node with", "/dev/shm", "memory", "--object-store-memory", title="memory")
     for kind, size in _NODES.items():
         node = size(run)
@@ -198,7 +198,7 @@ def _node_table(run: Topology) -> Table:
     return table
 
 
-def _remedy(phase: str, bound: str, run: Topology) -> str:
+def _remedy(phase: str, bound: str, run: PlannedRun) -> str:
     """Return what would make a phase shorter, in words."""
     if bound == "cable":
         halved = "" if run.half_parameters else " or bfloat16 (--dtype) halves the bytes,"

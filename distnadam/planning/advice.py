@@ -4,15 +4,17 @@ import dataclasses
 from collections.abc import Iterator
 
 from distnadam.planning.constants import Constants
+from distnadam.planning.planned_run import PlannedRun
 from distnadam.planning.step_time import StepTime, step_time
-from distnadam.planning.topology import Topology
 
 MOST_SHARDS_A_HOST = 4
 _PAYS = 0.98
 """More shards, or a group, must make a step at least this much shorter to be advised."""
 
 
-def best(run: Topology, constants: Constants, *, views: bool = False) -> tuple[Topology, StepTime]:
+def best(
+    run: PlannedRun, constants: Constants, *, views: bool = False
+) -> tuple[PlannedRun, StepTime]:
     """Return the run with the best number of shards and the best group, and its step.
 
     Fewer shards and smaller groups win where they are as good: fewer processes, and the bits of a
@@ -26,7 +28,7 @@ def best(run: Topology, constants: Constants, *, views: bool = False) -> tuple[T
     return chosen, found
 
 
-def _choices(run: Topology) -> Iterator[Topology]:
+def _choices(run: PlannedRun) -> Iterator[PlannedRun]:
     for each_host in range(1, MOST_SHARDS_A_HOST + 1):
         for group in range(1, run.workers_per_host + 1):
             if run.workers_per_host % group == 0:

@@ -7,7 +7,7 @@ against them.
 import math
 from dataclasses import dataclass
 
-from distnadam.planning.topology import FLOAT32_BYTES, Topology
+from distnadam.planning.planned_run import FLOAT32_BYTES, PlannedRun
 
 MIB, GIB = 2**20, 2**30
 SHM_SPARE = 64 * MIB
@@ -34,12 +34,12 @@ class Node:
     memory: int
 
 
-def shard_node(run: Topology) -> Node:
+def shard_node(run: PlannedRun) -> Node:
     """Return the needs of a node with shards and no workers."""
     return _node(*_shards(run))
 
 
-def worker_node(run: Topology) -> Node:
+def worker_node(run: PlannedRun) -> Node:
     """Return the needs of a node with workers and no shards, without those of the task itself."""
     objects, own, processes = _workers(run)
     arriving = 12 * run.parameters  # the first parameters, or those after a rewind
@@ -47,14 +47,14 @@ def worker_node(run: Topology) -> Node:
     return _node(objects + arriving, own + arena, processes)
 
 
-def shared_node(run: Topology) -> Node:
+def shared_node(run: PlannedRun) -> Node:
     """Return the needs of a node with shards and workers, without those of the task itself."""
     objects, own, processes = _shards(run)
     more_objects, more_own, more_processes = _workers(run)
     return _node(objects + more_objects, own + more_own, processes + more_processes)
 
 
-def head_node(run: Topology) -> Node:
+def head_node(run: PlannedRun) -> Node:
     """Return the needs of the head's node, with the process that calls fit, and no shard or worker.
 
     That process makes the first parameters.
@@ -62,17 +62,17 @@ def head_node(run: Topology) -> Node:
     return _node(12 * run.parameters, 12 * run.parameters, DASHBOARD + 2 * PROCESS)
 
 
-def _share(run: Topology) -> float:
+def _share(run: PlannedRun) -> float:
     """Return the fraction of all shards that one node holds after another one has died."""
     return 1 / max(1, run.num_shard_hosts - 1)
 
 
-def _average(run: Topology) -> int:
+def _average(run: PlannedRun) -> int:
     """Return the bytes of a parameter's average."""
     return FLOAT32_BYTES * run.ema
 
 
-def _shards(run: Topology) -> tuple[float, float, int]:
+def _shards(run: PlannedRun) -> tuple[float, float, int]:
     """Return the bytes of Ray objects, of the shards' own memory, and of their processes."""
     params, share, average = run.parameters, _share(run), _average(run)
     # gradients in and parameters out for each worker, where TCP cannot be had; a state that moves
@@ -98,7 +98,7 @@ def between_hosts(workers: int) -> int:
     return 4 * (workers + 2) + 4 * 2
 
 
-def _workers(run: Topology) -> tuple[float, float, int]:
+def _workers(run: PlannedRun) -> tuple[float, float, int]:
     """Return the same for workers: each has its gradients; the node's relay is a process too."""
     return (
         run.workers_per_host * 8 * run.parameters,

@@ -5,14 +5,14 @@ Both move what they must at the cable's whole speed, and step as fast as ours, w
 """
 
 from distnadam.planning.constants import Constants
+from distnadam.planning.planned_run import FLOAT32_BYTES, PlannedRun
 from distnadam.planning.step_time import STEP_BYTES
-from distnadam.planning.topology import FLOAT32_BYTES, Topology
 
 _MESSAGES = 4
 """One-way messages of a round of ours, of which a turn of the ring is one."""
 
 
-def ring_all_reduce_s(run: Topology, constants: Constants) -> float:
+def ring_all_reduce_s(run: PlannedRun, constants: Constants) -> float:
     """Return the seconds of a ring of all hosts, whose own workers are summed before.
 
     Each host sends 2 (H - 1) / H of the gradient, in 2 (H - 1) turns, and each worker steps the
@@ -32,7 +32,7 @@ def ring_all_reduce_s(run: Topology, constants: Constants) -> float:
     )
 
 
-def single_server_s(run: Topology, constants: Constants) -> float:
+def single_server_s(run: PlannedRun, constants: Constants) -> float:
     """Return the seconds of one server on a host of its own, to which every worker sends all."""
     there = run.gradient_bytes * run.parameters * run.workers
     back = run.parameter_bytes * run.parameters * run.workers

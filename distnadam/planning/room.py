@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from distnadam.errors import InsufficientResources
 from distnadam.planning.memory import MIB
-from distnadam.planning.topology import FLOAT32_BYTES, Topology
+from distnadam.planning.planned_run import FLOAT32_BYTES, PlannedRun
 from distnadam.protocol.messages import ShardSpec
 from distnadam.tensors.arrays import dtypes_of
 from distnadam.tensors.layout import Layout
@@ -66,11 +66,12 @@ def gradients(sizes: Mapping[str, int]) -> Need:
     return Need(what="the gradients of a worker", num_bytes=arena_bytes(sizes))
 
 
-def of_host(run: Topology) -> list[Need]:
+def of_host(run: PlannedRun) -> list[Need]:
     """Return what a host with shards and workers needs at least, by a plan: of shards, standbys,
     workers, and of what a shard and the host's relay keep for others.
 
-    >>> run = Topology(parameters=2**20, hosts=2, workers_per_host=2, replicas=1, sum_group=2)
+    >>> sizes = {"parameters": 2**20, "hosts": 2, "workers_per_host": 2}
+    >>> run = PlannedRun(**sizes, replicas=1, sum_group=2)
     >>> [need.num_bytes // 2**20 for need in of_host(run)]
     [8, 4, 6, 8, 2, 2]
     """

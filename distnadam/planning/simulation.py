@@ -12,8 +12,8 @@ import numpy as np
 from distnadam.planning import traffic
 from distnadam.planning.constants import Constants
 from distnadam.planning.peers import ring_all_reduce_s, single_server_s
+from distnadam.planning.planned_run import PlannedRun
 from distnadam.planning.step_time import step_time
-from distnadam.planning.topology import Topology
 
 ROUNDS = 2000
 MEANS = ("distnadam", "ring all-reduce", "one server")
@@ -59,7 +59,7 @@ class Simulated:
 
 
 def simulate(
-    run: Topology, constants: Constants, around: Surroundings, *, seed: int = 0
+    run: PlannedRun, constants: Constants, around: Surroundings, *, seed: int = 0
 ) -> list[Simulated]:
     """Return what a run, and its peers, make of `ROUNDS` rounds."""
     rng = np.random.default_rng(seed)
@@ -82,7 +82,7 @@ def simulate(
     return found
 
 
-def _racks_s(run: Topology, around: Surroundings) -> float:
+def _racks_s(run: PlannedRun, around: Surroundings) -> float:
     """Return the seconds for which a rack's uplink is busy: what goes to shards in other racks."""
     racks = _racks(run, around)
     if racks < 2:
@@ -92,7 +92,7 @@ def _racks_s(run: Topology, around: Surroundings) -> float:
     return moved * crossing / racks / around.rack_link_bytes_per_s
 
 
-def _ring_racks_s(run: Topology, around: Surroundings) -> float:
+def _ring_racks_s(run: PlannedRun, around: Surroundings) -> float:
     """Return the same for a ring in the order of racks, of which one edge crosses each uplink."""
     if _racks(run, around) < 2:
         return 0.0
@@ -100,5 +100,5 @@ def _ring_racks_s(run: Topology, around: Surroundings) -> float:
     return moved / around.rack_link_bytes_per_s
 
 
-def _racks(run: Topology, around: Surroundings) -> int:
+def _racks(run: PlannedRun, around: Surroundings) -> int:
     return -(-run.hosts // around.rack_hosts) if around.rack_hosts else 1

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from distnadam.planning import traffic
 from distnadam.planning.constants import Constants
-from distnadam.planning.topology import FLOAT32_BYTES, Topology
+from distnadam.planning.planned_run import FLOAT32_BYTES, PlannedRun
 from distnadam.planning.traffic import Traffic
 
 STEP_BYTES = 24
@@ -55,7 +55,7 @@ class StepTime:
         return max(self.phases, key=lambda phase: phase.seconds)
 
 
-def step_time(run: Topology, constants: Constants, *, views: bool = False) -> StepTime:
+def step_time(run: PlannedRun, constants: Constants, *, views: bool = False) -> StepTime:
     """Return how long a step of a run takes.
 
     Args:
@@ -88,7 +88,7 @@ def step_time(run: Topology, constants: Constants, *, views: bool = False) -> St
     )
 
 
-def _processes(run: Topology) -> int:
+def _processes(run: PlannedRun) -> int:
     """Return the processes that a round wakes on the busiest host: workers, shards, standbys."""
     beside = 0 if run.shard_hosts else run.shards_of_a_host * (1 + run.replicas)
     return run.workers_per_host + beside

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from distnadam.planning.topology import FLOAT32_BYTES, Topology
+from distnadam.planning.planned_run import FLOAT32_BYTES, PlannedRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Traffic:
         return max(self.sent, self.received)
 
 
-def gradients(run: Topology) -> Traffic:
+def gradients(run: PlannedRun) -> Traffic:
     """Return what a push moves: each host's gradients, but for the shards that it has itself."""
     whole = float(run.gradient_bytes * run.parameters * run.pushes_of_a_host)
     if run.shard_hosts:
@@ -36,7 +36,7 @@ def gradients(run: Topology) -> Traffic:
     return Traffic(sent=elsewhere, received=received, in_all=elsewhere * run.hosts)
 
 
-def parameters(run: Topology) -> Traffic:
+def parameters(run: PlannedRun) -> Traffic:
     """Return what a pull moves: the parameters, once to each host that has workers."""
     whole = float(run.parameter_bytes * run.parameters)
     if run.shard_hosts:
@@ -47,7 +47,7 @@ def parameters(run: Topology) -> Traffic:
     return Traffic(sent=sent, received=elsewhere, in_all=elsewhere * run.hosts)
 
 
-def replication(run: Topology) -> Traffic:
+def replication(run: PlannedRun) -> Traffic:
     """Return what goes to standbys of other hosts: each shard's mean gradient."""
     if not run.replicas or run.num_shard_hosts < 2:
         return Traffic(sent=0.0, received=0.0, in_all=0.0)

@@ -12,7 +12,7 @@ from typing import Any
 import jsonschema
 
 from distnadam.planning import memory
-from distnadam.planning.topology import Topology
+from distnadam.planning.planned_run import PlannedRun
 from tests.deploy import shell
 from tests.deploy.clusters import quantity
 from tests.deploy.rules_exposure import COMPOSE, DOCKERFILE, ours
@@ -117,7 +117,7 @@ def compose_sizes_follow(tree: Tree) -> Iterator[str]:
     """The services' /dev/shm, store and memory follow from the plan and their comment."""
     said = re.search(r"# distnadam plan (--parameters .*)", tree.texts[COMPOSE])
     values = dict(re.findall(r"--([\w-]+) (\S+)", said[1])) if said else {}
-    run = Topology(**{key.replace("-", "_"): int(float(value)) for key, value in values.items()})
+    run = PlannedRun(**{key.replace("-", "_"): int(float(value)) for key, value in values.items()})
     node = memory.shared_node(run)
     for name, service in ours(tree).items():
         store = re.search(r"--object-store-memory=(\d+)", service["command"])

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import click
 
 from distnadam.planning import memory
-from distnadam.planning.topology import Topology
+from distnadam.planning.planned_run import PlannedRun
 from tests.deploy import shell
 from tests.deploy.clusters import FOLDERS, Cluster, clusters, pods, quantity, rendered
 from tests.deploy.commands import entry_point
@@ -261,12 +261,12 @@ def sizes_follow(tree: Tree) -> Iterator[str]:
                 )
 
 
-def run_of(job: Cluster, cluster: Cluster) -> Topology:
+def run_of(job: Cluster, cluster: Cluster) -> PlannedRun:
     """Return the run that a cluster is made for."""
     options, groups = asked(job), {group.name: group.spec for group in cluster.workers}
     annotations = cluster.holder["metadata"]["annotations"]
     workers, each = int(str(options["num_workers"])), _workers_per_node(job)
-    return Topology(
+    return PlannedRun(
         parameters=int(float(annotations["distnadam/parameters"])),
         hosts=-(-workers // each),
         workers_per_host=each,

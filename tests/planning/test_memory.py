@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from distnadam.cli import main
 from distnadam.planning import memory
-from distnadam.planning.topology import Topology
+from distnadam.planning.planned_run import PlannedRun
 from distnadam.shard.state import ShardState
 from distnadam.tensors.layout import Layout, sizes_of
 from distnadam.transport.shared_memory import arena_bytes
@@ -31,10 +31,10 @@ from ray.cluster_utils import Cluster
 from distnadam import DistNadam, Options
 from distnadam.cli import main
 from distnadam.planning import memory
-from distnadam.planning.topology import Topology
+from distnadam.planning.planned_run import PlannedRun
 
 P, W = 10_000_000, 2
-run = Topology(parameters=P, workers_per_host=W, shards=2, replicas=1, shard_hosts=2)
+run = PlannedRun(parameters=P, workers_per_host=W, shards=2, replicas=1, shard_hosts=2)
 nodes = {"shards": memory.shard_node(run), "workers": memory.worker_node(run)}
 stores = {role: node.store - memory.STORE_SPARE for role, node in nodes.items()}
 head = {
@@ -143,7 +143,7 @@ def test_what_a_shard_keeps_for_other_hosts_is_within_the_bytes_that_the_formula
     assert whole == LAYOUT.sizes["float32"] + 2 * LAYOUT.sizes["float64"]
 
 
-def run(**changes: int) -> Topology:
+def run(**changes: int) -> PlannedRun:
     asked = {
         "parameters": 10**9,
         "hosts": 2,
@@ -152,14 +152,14 @@ def run(**changes: int) -> Topology:
         "replicas": 1,
         "shard_hosts": 3,
     }
-    return Topology(**(asked | changes))
+    return PlannedRun(**(asked | changes))
 
 
 @pytest.mark.parametrize(
     "of", [memory.shard_node, memory.worker_node, memory.shared_node, memory.head_node]
 )
 def test_a_node_needs_more_for_more_of_everything_and_memory_holds_the_store(
-    of: Callable[[Topology], memory.Node],
+    of: Callable[[PlannedRun], memory.Node],
 ) -> None:
     node = of(run())
     assert node.store < node.shm < node.memory

@@ -15,12 +15,12 @@ from distnadam.planning import traffic
 from distnadam.planning.advice import best
 from distnadam.planning.constants import TYPICAL, Constants
 from distnadam.planning.peers import ring_all_reduce_s, single_server_s
+from distnadam.planning.planned_run import PlannedRun
 from distnadam.planning.simulation import Surroundings, simulate
 from distnadam.planning.step_time import step_time
-from distnadam.planning.topology import Topology
 
 TOPOLOGIES = st.builds(
-    Topology,
+    PlannedRun,
     parameters=st.integers(1, 10**10),
     hosts=st.integers(1, 200),
     workers_per_host=st.integers(1, 8),
@@ -33,14 +33,14 @@ TOPOLOGIES = st.builds(
 
 
 @given(TOPOLOGIES)
-def test_what_one_host_moves_is_no_more_than_what_all_move(run: Topology) -> None:
+def test_what_one_host_moves_is_no_more_than_what_all_move(run: PlannedRun) -> None:
     for moved in (traffic.gradients(run), traffic.parameters(run), traffic.replication(run)):
         assert 0 <= moved.sent <= moved.in_all * (1 + 1e-9)
         assert 0 <= moved.received <= moved.in_all * (1 + 1e-9)
 
 
 @given(TOPOLOGIES)
-def test_a_step_is_the_sum_of_its_phases_and_none_is_negative(run: Topology) -> None:
+def test_a_step_is_the_sum_of_its_phases_and_none_is_negative(run: PlannedRun) -> None:
     found = step_time(run, TYPICAL)
     assert all(phase.seconds >= 0 for phase in found.phases)
     assert found.seconds == sum(phase.seconds for phase in found.phases)
@@ -48,7 +48,7 @@ def test_a_step_is_the_sum_of_its_phases_and_none_is_negative(run: Topology) -> 
 
 
 @given(TOPOLOGIES)
-def test_more_parameters_and_a_slower_cable_take_no_less_time(run: Topology) -> None:
+def test_more_parameters_and_a_slower_cable_take_no_less_time(run: PlannedRun) -> None:
     now = step_time(run, TYPICAL).seconds
     more = dataclasses.replace(run, parameters=2 * run.parameters)
     slower = dataclasses.replace(TYPICAL, link_bytes_per_s=TYPICAL.link_bytes_per_s / 10)
@@ -58,14 +58,14 @@ def test_more_parameters_and_a_slower_cable_take_no_less_time(run: Topology) -> 
 
 
 @given(TOPOLOGIES)
-def test_what_is_advised_is_no_slower_than_what_was_asked(run: Topology) -> None:
+def test_what_is_advised_is_no_slower_than_what_was_asked(run: PlannedRun) -> None:
     chosen, found = best(run, TYPICAL)
     assert found.seconds <= step_time(run, TYPICAL).seconds
     assert chosen.workers == run.workers
 
 
 def test_the_least_bytes_of_three_hosts_are_those_of_an_all_reduce() -> None:
-    run = Topology(parameters=10**7, hosts=3)
+    run = PlannedRun(parameters=10**7, hosts=3)
     moved = traffic.gradients(run).most + traffic.parameters(run).most
     assert moved == pytest.approx(2 * 2 / 3 * 4 * 10**7)
     alone = dataclasses.replace(run, workers_per_host=2)
@@ -77,8 +77,8 @@ def test_the_least_bytes_of_three_hosts_are_those_of_an_all_reduce() -> None:
 
 
 def test_one_host_moves_nothing_by_cable_and_one_server_moves_most() -> None:
-    assert traffic.gradients(Topology(parameters=10**6)).in_all == 0
-    run = Topology(parameters=10**8, hosts=16)
+    assert traffic.gradients(PlannedRun(parameters=10**6)).in_all == 0
+    run = PlannedRun(parameters=10**8, hosts=16)
     ours = step_time(run, TYPICAL).seconds
     assert ring_all_reduce_s(run, TYPICAL) < single_server_s(run, TYPICAL)
     assert ours < single_server_s(run, TYPICAL)
@@ -96,7 +96,7 @@ def test_one_host_moves_nothing_by_cable_and_one_server_moves_most() -> None:
 )
 def test_a_topology_that_cannot_be_is_refused(wrong: dict[str, int], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        Topology(**{"parameters": 10, **wrong})
+        PlannedRun(**{"parameters": 10, **wrong})
 
 
 def test_constants_come_back_from_their_file(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_constants_that_are_none_are_refused_by_file_and_name(
 
 
 def test_a_simulation_can_be_repeated_and_losses_cost_time() -> None:
-    run = Topology(parameters=10**8, hosts=20, workers_per_host=5, sum_group=5)
+    run = PlannedRun(parameters=10**8, hosts=20, workers_per_host=5, sum_group=5)
     calm = Surroundings()
     assert simulate(run, TYPICAL, calm) == simulate(run, TYPICAL, calm)
     assert simulate(run, TYPICAL, calm) != simulate(run, TYPICAL, calm, seed=1)

@@ -9,7 +9,7 @@ HALF_BYTES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Topology:
+class PlannedRun:
     """A model, and how it is distributed.
 
     Hosts with workers come first. Without hosts of their own, shards lie on the workers' hosts in
