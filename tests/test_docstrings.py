@@ -18,6 +18,8 @@ import pytest
 import distnadam
 from distnadam import DistNadam, Worker, errors, fit
 from distnadam.client.held_state import HeldState
+from tests.test_architecture import MODULES as SOURCES
+from tests.test_architecture import source_of
 
 MODULES = {
     "distnadam": "",
@@ -69,6 +71,18 @@ PLAIN = [
     for name in names.split()
     if name not in SLOW
 ]
+RUN_ELSEWHERE = {
+    getattr(import_module(m), name).__module__ for m, name in (p.values for p in PLAIN)
+}
+NOT_PUBLIC = [
+    name
+    for source in SOURCES
+    if ">>> " in source_of(source)
+    and (name := f"distnadam.{source}".replace("/", ".").removesuffix(".__init__"))
+    not in {*RUN_ELSEWHERE, *MODULES, *OTHERS, "distnadam.__init__"}
+    and not any(name.startswith(f"{module}.") for module, needs in MODULES.items() if needs)
+]
+"""Modules whose examples are of no public name."""
 FRAMEWORKS = [pytest.param(module, needs, id=needs) for module, needs in MODULES.items() if needs]
 
 
@@ -111,6 +125,18 @@ def test_the_examples_of_a_module_run(module: str) -> None:
 @pytest.mark.parametrize(("module", "name"), PLAIN)
 def test_the_examples_of_a_public_name_run(module: str, name: str) -> None:
     run_examples(getattr(import_module(module), name))
+
+
+@pytest.mark.parametrize("module", NOT_PUBLIC)
+def test_the_examples_of_what_is_not_public_run(module: str) -> None:
+    own = [
+        each
+        for each in vars(import_module(module)).values()
+        if is_documented(each) and each.__module__ == module and examples(each)
+    ]
+    assert own
+    for each in own:
+        run_examples(each)
 
 
 @pytest.mark.slow
