@@ -4,6 +4,7 @@ No Ray.
 """
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -28,7 +29,7 @@ ANSWER_S = 5.0
 """Seconds in which a shard says where it stands."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShardStatus:
     """One shard.
 
@@ -158,8 +159,9 @@ class RunningOptimizer:
         Raises:
             NotRunning: no shard answers.
         """
-        answers, shards, moved, work = self._ask()
+        answers, shards, work = self._ask()
         spec, first, now = self._spec, min(answers, key=lambda seen: seen.round), time.monotonic()
+        moved = _moved(work)
         if earlier is not None:
             shards = _with_loads(shards, earlier, now)
         found: tuple[Pace, ...] = ()
@@ -207,12 +209,10 @@ class RunningOptimizer:
             (seen.saved for seen in answers if seen.saved is not None), None
         )
 
-    def _ask(
-        self,
-    ) -> tuple[list[Description], list[ShardStatus], Moved, tuple[ShardWork, ...]]:
+    def _ask(self) -> tuple[list[Description], list[ShardStatus], tuple[ShardWork, ...]]:
+        """Return what the shards say that answer in time, the status of all, and their work."""
         backend, transport = self._backend, self._backend.transport
         answers, shards, work = list[Description](), list[ShardStatus](), list[ShardWork]()
-        moved: dict[tuple[int, str, str], int] = {}
         transport.refresh()
         asked = {
             index: transport.post({index: Describe(spec=True)})
@@ -221,40 +221,46 @@ class RunningOptimizer:
         standbys = backend.standbys() if self._spec.replicas else {}
         deadline = time.monotonic() + ANSWER_S
         for index, host in enumerate(backend.hosts()):
+            shard = ShardStatus(index=index, node=host, state="", standby=standbys.get(index))
+            left_s = max(0.1, deadline - time.monotonic())
             try:
-                seen: Description = asked[index].result(max(0.1, deadline - time.monotonic()))[
-                    index
-                ]
+                seen: Description = asked[index].result(left_s)[index]
             except TimeoutError:
-                shards.append(ShardStatus(index, host, "silent", standby=standbys.get(index)))
+                shards.append(replace(shard, state="silent"))
             except ShardLost:
-                shards.append(ShardStatus(index, host, "dead", standby=standbys.get(index)))
+                shards.append(replace(shard, state="dead"))
             else:
                 answers.append(seen)
-                size = shard_bytes(seen.spec) if seen.spec is not None else None
-                lag = None if seen.replicated is None else seen.round - seen.replicated
-                shards.append(
-                    ShardStatus(
-                        index,
-                        host,
-                        seen.phase,
-                        seen.round,
-                        size,
-                        standbys.get(index),
-                        lag,
-                        seen.waiting_for,
-                        seen.idle_s,
-                        seen.stepped_s,
-                    )
-                )
-                here = host.split()[0]
-                work.append(_work(index, here, seen))
-                for there, (sent, received) in seen.traffic.items():
-                    moved[index, here, there] = moved.get((index, here, there), 0) + sent
-                    moved[index, there, here] = moved.get((index, there, here), 0) + received
+                shards.append(_described(shard, seen))
+                work.append(_work(index, host.split()[0], seen))
         if not answers:
             raise NotRunning(f"no shard of {self._spec.name!r} answers")
-        return answers, shards, moved, tuple(work)
+        return answers, shards, tuple(work)
+
+
+def _described(shard: ShardStatus, seen: Description) -> ShardStatus:
+    """Return the status of a shard that describes itself so."""
+    return replace(
+        shard,
+        state=seen.phase,
+        round=seen.round,
+        bytes=None if seen.spec is None else shard_bytes(seen.spec),
+        lag=None if seen.replicated is None else seen.round - seen.replicated,
+        waits_for=seen.waiting_for,
+        idle_s=seen.idle_s,
+        stepped_s=seen.stepped_s,
+    )
+
+
+def _moved(work: Sequence[ShardWork]) -> Moved:
+    """Return the bytes that went between hosts, as the shards have counted them."""
+    moved = Counter[tuple[int, str, str]]()
+    for shard in work:
+        for there, sent in shard.sent.items():
+            moved[shard.index, shard.host, there] += sent
+        for there, received in shard.received.items():
+            moved[shard.index, there, shard.host] += received
+    return dict(moved)
 
 
 def _work(index: int, host: str, seen: Description) -> ShardWork:

@@ -477,7 +477,7 @@ def test_what_looks_like_markup_is_shown_as_it_is(
     assert BRACKETS in call("inspect", tmp_path / BRACKETS).stdout
     newest = max((tmp_path / BRACKETS).glob("step_*"))
     assert BRACKETS in call("verify", newest.rename(newest.with_name(BRACKETS))).stdout
-    shard = ShardStatus(0, BRACKETS, BRACKETS, standby=BRACKETS)
+    shard = ShardStatus(index=0, node=BRACKETS, state=BRACKETS, standby=BRACKETS)
     seen = Status("x", 1, 1, 0, 0.1, None, (shard,), {0: BRACKETS}, 1, f"s3://{BRACKETS}", 0.0)
     with (console := plain_console()).capture() as captured:
         console.print(render(seen))

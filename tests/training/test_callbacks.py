@@ -32,7 +32,7 @@ STATUS = Status(
     skipped=0,
     lr=0.1,
     steps_per_s=None,
-    shards=(ShardStatus(0, "this process", "waiting"),),
+    shards=(ShardStatus(index=0, node="this process", state="waiting"),),
     workers={0: "computing"},
     replicas=0,
     checkpoint=None,
