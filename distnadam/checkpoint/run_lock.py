@@ -18,7 +18,7 @@ from typing import Self
 from typing_extensions import override
 
 from distnadam.checkpoint.storage.base import Directory, os_errors_as
-from distnadam.checkpoint.storage.local import LocalDirectory, lock
+from distnadam.checkpoint.storage.local import LocalDirectory, is_open_at, lock
 from distnadam.errors import CheckpointBusy, CheckpointError
 from distnadam.threads import start
 
@@ -58,7 +58,11 @@ def make_run_lock(directory: Directory) -> RunLock:
 
 
 class DirectoryLock(RunLock):
-    """A `flock` on a file in a local directory; it ends with this process and cannot be lost."""
+    """A `flock` on a file in a local directory, which ends with this process.
+
+    It is lost with the file: if somebody removes or moves that or the directory, `check` locks the
+    place anew, unless another run has meanwhile.
+    """
 
     def __init__(self, directory: LocalDirectory) -> None:
         super().__init__(directory)
@@ -92,7 +96,15 @@ class DirectoryLock(RunLock):
 
     @override
     def check(self) -> None:
-        pass
+        if self._descriptor is not None and is_open_at(self._path, self._descriptor):
+            return
+        log.warning(
+            "%s: was removed or moved while this run writes there: it goes on, without what was "
+            "there before",
+            self._path,
+        )
+        self.__exit__()
+        self.__enter__()
 
 
 class LeaseFile(RunLock):

@@ -12,6 +12,7 @@ from typing import TextIO
 
 from typing_extensions import override
 
+from distnadam.checkpoint.storage.local import is_open_at
 from distnadam.errors import TrainingError
 from distnadam.training.callbacks import Callback
 from distnadam.training.steps import Phases, StepRecord, in_words
@@ -74,6 +75,15 @@ class MetricsFile(Callback):
     def on_evaluate(self, step: int, metrics: Mapping[str, float]) -> None:
         for metric, value in metrics.items():
             self._write(step, metric, float(value), "", self._elapsed(), *[""] * 6)
+
+    @override
+    def on_save(self, step: int, path: Path | str) -> None:
+        if self._file is not None and not is_open_at(self._path, self._file.fileno()):
+            with self._write_errors():  # it was removed, or moved, with its directory
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file.close()
+                self._file = self._path.open("w", buffering=1, newline="", encoding="utf-8")
+            self._write(*COLUMNS)
 
     @override
     def on_end(self) -> None:

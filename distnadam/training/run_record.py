@@ -26,6 +26,7 @@ from typing import Any, TextIO
 from typing_extensions import override
 
 from distnadam.checkpoint import store
+from distnadam.checkpoint.storage.local import is_open_at
 from distnadam.client.status import Status
 from distnadam.errors import CheckpointError, TrainingError
 from distnadam.places import shown
@@ -74,23 +75,27 @@ class RunRecord(Callback):
     @override
     def on_begin(self, step: int, steps: int) -> None:
         self._step = step
-        resumed = self._history.resumed_from
         if self._file is None:
-            with self._errors():
-                self._file = self._path.open("a", buffering=1, encoding="utf-8")
-            self._write(
-                "start",
-                task=self.run.task,
-                task_at=self._task_at,
-                command=sys.argv,
-                configuration=self._configuration,
-                versions={p: v for p in _RECORDED_PACKAGES if (v := installed_version(p))},
-                python=platform.python_version(),
-                host=socket.gethostname(),
-                cpus=len(os.sched_getaffinity(0)),
-                resumed_from=None if resumed is None else str(resumed),
-            )
+            self._open()
         self._write("begin", step=step, steps=steps)
+
+    def _open(self) -> None:
+        resumed = self._history.resumed_from
+        with self._errors():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a", buffering=1, encoding="utf-8")
+        self._write(
+            "start",
+            task=self.run.task,
+            task_at=self._task_at,
+            command=sys.argv,
+            configuration=self._configuration,
+            versions={p: v for p in _RECORDED_PACKAGES if (v := installed_version(p))},
+            python=platform.python_version(),
+            host=socket.gethostname(),
+            cpus=len(os.sched_getaffinity(0)),
+            resumed_from=None if resumed is None else str(resumed),
+        )
 
     @override
     def on_records(self, records: Sequence[StepRecord]) -> None:
@@ -136,6 +141,9 @@ class RunRecord(Callback):
 
     @override
     def on_save(self, step: int, path: Path | str) -> None:
+        if self._file is not None and not is_open_at(self._path, self._file.fileno()):
+            self._file.close()  # it was removed, or moved, with its directory
+            self._open()
         self._write("checkpoint", step=step, path=str(path), bytes=_size(path))
 
     @override

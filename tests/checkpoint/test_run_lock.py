@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -36,6 +37,23 @@ def test_a_directory_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
         pass
     with make_run_lock(open_directory(tmp_path)):
         pass
+
+
+def test_a_lock_that_was_removed_is_taken_anew_unless_another_run_has_it(tmp_path: Path) -> None:
+    place = open_directory(tmp_path / "run")
+    with make_run_lock(place) as first:
+        shutil.rmtree(tmp_path / "run")
+        first.check()
+        with pytest.raises(CheckpointBusy, match=str(os.getpid())), make_run_lock(place):
+            pass
+        (tmp_path / "run" / ".lock").unlink()
+        with make_run_lock(place):
+            for _ in range(2):
+                with pytest.raises(CheckpointBusy, match="another run writes here"):
+                    first.check()
+        first.check()
+        with pytest.raises(CheckpointBusy), make_run_lock(place):
+            pass
 
 
 def test_a_directory_on_a_full_disk_is_refused_by_name(

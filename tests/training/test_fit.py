@@ -1,6 +1,7 @@
 """`fit`: segments, records, resuming, refusals, errors of the task, and cleaning up."""
 
 import re
+import shutil
 import signal
 import threading
 import time
@@ -21,6 +22,7 @@ from distnadam.training.callbacks import Callback
 from distnadam.training.metrics_file import read_metrics
 from distnadam.training.plot import plot_loss
 from distnadam.training.run_directory import claim_run_directory
+from distnadam.training.run_record import read_events
 from distnadam.training.tasks.digits import Digits
 
 
@@ -285,6 +287,28 @@ def test_a_second_run_in_the_same_directory_is_refused(tmp_path: Path) -> None:
         pytest.raises(CheckpointBusy, match=f"{tmp_path.name}.*another run writes here"),
     ):
         train(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["removed", "moved"])
+def test_a_run_whose_directory_goes_away_goes_on_in_a_new_one(
+    tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "run"
+
+    class Away(Callback):
+        def on_save(self, step: int, saved: Path | str) -> None:
+            if step == 8:  # and no other save is being written
+                path.rename(tmp_path / "other")
+                if how == "removed":
+                    shutil.rmtree(tmp_path / "other")
+
+    train(path, steps=20, save_every=4, callbacks=[Away()])
+    assert "was removed or moved while this run writes there" in caplog.text
+    assert {step for step, *_ in read_metrics(path / "metrics.csv")} >= {17, 18, 19, 20}
+    assert read_events(path / "events.jsonl")[0]["event"] == "start"
+    assert (path / ".lock").exists()
+    train(tmp_path / "whole", steps=20)
+    assert weights(path) == weights(tmp_path / "whole")
 
 
 def test_pruning_keeps_the_newest_checkpoint_though_a_broken_one_has_a_higher_step(

@@ -191,6 +191,14 @@ def lock(descriptor: int, path: Path) -> bool:
     return True
 
 
+def is_open_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file is the one at a path, and was neither removed nor moved."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except OSError:
+        return False
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
