@@ -141,7 +141,7 @@ def _group(
     return GroupPush(**place, members=members, gradients=gradients)
 
 
-def _decided(_: GradientsOf | None, *fields: Any) -> RoundResult:
+def _result(_: GradientsOf | None, *fields: Any) -> RoundResult:
     epoch, number, iterations, outcome, rejection, lr, *rest = fields
     buffer, rewound, revision, loss_scale, gradient_norm = rest
     return RoundResult(
@@ -175,7 +175,7 @@ _MAKE: dict[str, Callable[..., Any]] = {
     "push": _push,
     "slice": _slice,
     "group": _group,
-    "decided": _decided,
+    "result": _result,
     "norms": _norms,
     "measured": lambda _, number, sums: PartialNorms(
         number, tuple((tensor, array) for tensor, array in sums)
@@ -235,7 +235,7 @@ _FIELDS: dict[type, Callable[[Any], tuple[Any, ...]]] = {
         list(group.gradients or ()),
     ),
     RoundResult: lambda result: (
-        "decided",
+        "result",
         result.epoch,
         result.round,
         result.iterations,
@@ -287,25 +287,26 @@ def _unpack_array(code: int, data: bytes) -> Any:
 def pack_record(record: Record) -> bytes:
     """Return a frame."""
     body: tuple[Any, ...]
-    if isinstance(record, ReplicatedJoin):
-        body = ("join", record.rank, record.incarnation, record.process)
-    elif isinstance(record, Reconfigure):
-        body = ("reign", record.epoch, record.schedule, record.newest)
-    elif isinstance(record, ReplicatedSave):
-        body = ("saved",)
-    elif isinstance(record, ReplicatedConfig):
-        body = ("config", record.config.to_dict(), record.revision, record.changed)
-    elif isinstance(record, DetachStandby):
-        body = ("let go",)
-    elif (frame := pack_round(record)) is not None:
-        return frame
-    else:
-        tensors = record.clock.tensors
-        own = None if tensors is None else tensors.to_dict()
-        clock = (record.clock.iterations, record.clock.m_schedule, own)
-        counted = _packed_notes(record.counted)
-        outcome = (record.outcome, record.rejection, counted, record.lr, record.active)
-        body = ("round", record.round, record.skipped, *outcome, *clock)
+    match record:
+        case ReplicatedJoin():
+            body = ("join", record.rank, record.incarnation, record.process)
+        case Reconfigure():
+            body = ("reconfigure", record.epoch, record.schedule, record.newest)
+        case ReplicatedSave():
+            body = ("saved",)
+        case ReplicatedConfig():
+            body = ("config", record.config.to_dict(), record.revision, record.changed)
+        case DetachStandby():
+            body = ("detach",)
+        case ReplicatedRound():
+            if (frame := pack_round(record)) is not None:
+                return frame
+            tensors = record.clock.tensors
+            own = None if tensors is None else tensors.to_dict()
+            clock = (record.clock.iterations, record.clock.m_schedule, own)
+            counted = _packed_notes(record.counted)
+            outcome = (record.outcome, record.rejection, counted, record.lr, record.active)
+            body = ("round", record.round, record.skipped, *outcome, *clock)
     return frame_of(msgpack.packb(body))
 
 
@@ -315,46 +316,7 @@ def unpack_record(frame: bytes) -> Record:
         if (ordinary := unpack_round(frame)) is not None:
             return ordinary
         kind, *fields = msgpack.unpackb(frame, strict_map_key=False)
-        if kind == "join":
-            return ReplicatedJoin(*fields)
-        if kind == "reign":
-            epoch, schedule, newest = fields
-            return Reconfigure(
-                epoch=epoch,
-                schedule=tuple((first, tuple(ranks)) for first, ranks in schedule),
-                newest=newest,
-            )
-        if kind == "config":
-            config, revision, changed = fields
-            return ReplicatedConfig(
-                config=NadamConfig.from_dict(config), revision=revision, changed=changed
-            )
-        if kind == "saved":
-            return ReplicatedSave()
-        if kind == "let go":
-            return DetachStandby()
-        number, skipped, outcome, rejection, notes, lr, active, *clock = fields
-        iterations, m_schedule, own = clock
-        counted = {
-            rank: PushNote(
-                incarnation=incarnation,
-                round=number,
-                dtypes=dtypes,
-                rejection=why,
-                settings=unpacked(given),
-            )
-            for rank, incarnation, dtypes, why, given in notes
-        }
-        return ReplicatedRound(
-            round=number,
-            skipped=skipped,
-            outcome=outcome,
-            rejection=rejection,
-            counted=counted,
-            lr=lr,
-            active=active,
-            clock=Clock(iterations, m_schedule, own and TensorClocks.from_dict(own)),
-        )
+        return _MAKE_RECORD[kind](*fields)
     except (
         ValueError,
         TypeError,
@@ -364,3 +326,54 @@ def unpack_record(frame: bytes) -> Record:
         struct.error,
     ) as error:
         raise LaneError(f"a frame of {len(frame)} bytes is no record: {error}") from error
+
+
+def _reconfigure(epoch: int, schedule: Any, newest: dict[int, int]) -> Reconfigure:
+    return Reconfigure(
+        epoch=epoch,
+        schedule=tuple((first, tuple(ranks)) for first, ranks in schedule),
+        newest=newest,
+    )
+
+
+def _config(config: dict[str, Any], revision: int, changed: str | None) -> ReplicatedConfig:
+    return ReplicatedConfig(
+        config=NadamConfig.from_dict(config), revision=revision, changed=changed
+    )
+
+
+def _round(
+    number: int, skipped: int, outcome: Any, rejection: Any, notes: Any, lr: Any, *rest: Any
+) -> ReplicatedRound:
+    active, iterations, m_schedule, own = rest
+    counted = {
+        rank: PushNote(
+            incarnation=incarnation,
+            round=number,
+            dtypes=dtypes,
+            rejection=why,
+            settings=unpacked(given),
+        )
+        for rank, incarnation, dtypes, why, given in notes
+    }
+    return ReplicatedRound(
+        round=number,
+        skipped=skipped,
+        outcome=outcome,
+        rejection=rejection,
+        counted=counted,
+        lr=lr,
+        active=active,
+        clock=Clock(iterations, m_schedule, own and TensorClocks.from_dict(own)),
+    )
+
+
+_MAKE_RECORD: dict[str, Callable[..., Record]] = {
+    "join": ReplicatedJoin,
+    "reconfigure": _reconfigure,
+    "saved": ReplicatedSave,
+    "config": _config,
+    "detach": DetachStandby,
+    "round": _round,
+}
+"""What makes a record of the fields behind its name."""

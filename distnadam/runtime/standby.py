@@ -116,38 +116,12 @@ class Standby:
             self._control_state = None
             if isinstance(record, DetachStandby):
                 self._forget_arrays()
-            elif now is None:
+            elif now is None or isinstance(record, ReplicatedRound):
                 raise IllegalMessage(
                     f"standby of shard {self._spec.index}: has no state, got {record}"
                 )
-            elif isinstance(record, ReplicatedJoin):
-                self._ledger.admit(record.rank, record.incarnation)
-                here = {rank: held for rank, held in now.live_owners.items() if rank != record.rank}
-                if record.process is not None:
-                    here[record.rank] = record.incarnation, record.process
-                self._stand_at(dataclasses.replace(now, live_owners=here))
-            elif isinstance(record, ReplicatedSave):
-                self._stand_at(dataclasses.replace(now, changed=None))
-            elif isinstance(record, ReplicatedConfig):
-                self._spec = dataclasses.replace(self._spec, config=record.config)
-                self._stand_at(
-                    dataclasses.replace(now, revision=record.revision, changed=record.changed)
-                )
-            elif isinstance(record, Reconfigure):
-                self._ledger.admit_all(record.newest)
-                history = (
-                    (*now.history, (record.epoch, "reconfigured"))
-                    if record.epoch > now.epoch
-                    else now.history
-                )
-                self._stand_at(
-                    dataclasses.replace(
-                        now,
-                        epoch=max(now.epoch, record.epoch),
-                        schedule=record.schedule,
-                        history=history,
-                    )
-                )
+            else:
+                self._stand_at(self._after(record, now))
 
     def promote(
         self, reconfigure: Reconfigure, make_host: Callable[[ShardSpec], ShardHost]
@@ -200,6 +174,37 @@ class Standby:
         self._followed = self._applied = None
         self._counted = {}
         self._scale = control_state.loss_scale
+
+    def _after(
+        self,
+        record: ReplicatedJoin | ReplicatedSave | ReplicatedConfig | Reconfigure,
+        now: ShardControlState,
+    ) -> ShardControlState:
+        """Return the control state after a record; learn what of it is kept elsewhere."""
+        match record:
+            case ReplicatedJoin():
+                self._ledger.admit(record.rank, record.incarnation)
+                owners = dict(now.live_owners)
+                owners.pop(record.rank, None)
+                if record.process is not None:
+                    owners[record.rank] = record.incarnation, record.process
+                return dataclasses.replace(now, live_owners=owners)
+            case ReplicatedSave():
+                return dataclasses.replace(now, changed=None)
+            case ReplicatedConfig():
+                self._spec = dataclasses.replace(self._spec, config=record.config)
+                return dataclasses.replace(now, revision=record.revision, changed=record.changed)
+            case Reconfigure():
+                self._ledger.admit_all(record.newest)
+                history = now.history
+                if record.epoch > now.epoch:
+                    history = (*history, (record.epoch, "reconfigured"))
+                return dataclasses.replace(
+                    now,
+                    epoch=max(now.epoch, record.epoch),
+                    schedule=record.schedule,
+                    history=history,
+                )
 
     @property
     def _present(self) -> ShardControlState | None:

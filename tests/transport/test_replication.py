@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 
@@ -241,7 +242,21 @@ def test_records_travel_whole(record: Record) -> None:
     assert unpack_record(pack_record(record)[4:]) == record
 
 
-@pytest.mark.parametrize("frame", [b"", b"\x93\x01\x02", b"\x92\xa5round\x01", b"\x92\xa4join\x01"])
+A_ROUND = "round", 3, 0, "applied", None, [], 0.1, 1, 3, 0.9, None
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        b"",
+        b"\x93\x01\x02",
+        b"\x92\xa5round\x01",
+        b"\x92\xa4join\x01",
+        msgpack.packb(("other", *A_ROUND[1:])),
+        msgpack.packb((["round"], *A_ROUND[1:])),
+    ],
+)
 def test_what_is_no_record_is_refused(frame: bytes) -> None:
     with pytest.raises(LaneError, match="bytes is no record"):
         unpack_record(frame)
+    assert isinstance(unpack_record(msgpack.packb(A_ROUND)), ReplicatedRound)
