@@ -16,7 +16,7 @@ from distnadam.errors import ConfigError, StructureError
 from distnadam.frontends.replica import Replica, Slots, distinct
 from distnadam.groups import Group
 from distnadam.hyperparameters import DEFAULT_SCHEDULE_DECAY, Formula
-from distnadam.keras.scaling import refuse_compiled, refuse_wrapper, rescaled
+from distnadam.keras.scaling import refuse_compiled, refuse_wrapper, rescaled, scaled
 from distnadam.keras.stored import arrays_of, slots_of
 from distnadam.keras.variables import assign, is_traced, numpy_of
 from distnadam.loss_scale import LossScale
@@ -178,7 +178,7 @@ class DistOptimizer(keras.optimizers.Optimizer):
             return super().scale_loss(loss)
         replica = self._replica
         self._scaled_by = replica.loss_scale if replica.is_started else self.loss_scale.first.scale
-        return loss * self._scaled_by
+        return scaled(loss, self._scaled_by)
 
     @override
     def build(self, variables: Sequence[Any]) -> None:

@@ -1,5 +1,6 @@
 """Scales of the loss in half precision: Keras's own wrapper, and that of the shards. No shards."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,8 +34,25 @@ def refuse_compiled() -> None:
     """Raise ConfigError for a scale of the shards in a train step that JAX compiles."""
     raise ConfigError(
         "loss_scale is another from step to step, and JAX would compile that of the first into "
-        "all: give model.compile run_eagerly=True"
+        "all: give model.compile run_eagerly=True; in a loop of your own, scale the loss and apply "
+        "the gradients outside of jax.jit"
     )
+
+
+def scaled(loss: Any, scale: float) -> Any:
+    """Return a loss times a scale of the shards.
+
+    Raises:
+        ConfigError: JAX compiles what the loss is part of; one of which it only takes the gradient
+            has a number already.
+    """
+    jax = sys.modules.get("jax")
+    if jax is not None and isinstance(loss, jax.core.Tracer):
+        try:
+            float(jax.lax.stop_gradient(loss))
+        except jax.errors.ConcretizationTypeError:
+            refuse_compiled()
+    return loss * scale
 
 
 def rescaled(gradients: Sequence[Any], before: float, now: float) -> Sequence[Any]:

@@ -319,6 +319,26 @@ def test_a_scale_that_the_shards_keep_follows_the_rounds_and_changes_nothing_els
             trained(ours.DistNadam(loss_scale=scale), 1)
 
 
+@pytest.mark.skipif(BACKEND != "jax", reason="of a loop of one's own in JAX")
+def test_a_scale_of_the_shards_in_a_loop_of_one_s_own_is_never_compiled_into_it() -> None:
+    import jax
+
+    held, twin = (keras.Variable(np.ones(3, np.float32)) for _ in range(2))
+    scaled = ours.DistNadam(0.1, epsilon=1.0, loss_scale=LossScale(init_scale=64.0))
+    plain = ours.DistNadam(0.1, epsilon=1.0)
+    scaled.build([held])
+    gradient = jax.grad(lambda x: scaled.scale_loss((x * x).sum()))
+    for _ in range(3):
+        scaled.apply([gradient(held.value)], [held])
+        plain.apply([2 * twin.value], [twin])
+    np.testing.assert_allclose(held.numpy(), twin.numpy(), rtol=1e-6)
+    for compiled in (jax.jit(gradient), jax.grad(jax.jit(lambda x: scaled.scale_loss(x.sum())))):
+        with pytest.raises(ConfigError, match=r"outside of jax\.jit"):
+            compiled(held.value)
+    scaled.apply([gradient(held.value)], [held])
+    assert scaled.cluster.iterations == 4
+
+
 @pytest.mark.skipif(BACKEND != "jax", reason="compiled by JAX alone")
 def test_a_step_that_jax_has_compiled_and_the_shards_refuse_fails_alone() -> None:
     import jax
