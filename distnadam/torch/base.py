@@ -14,7 +14,7 @@ from distnadam.hyperparameters import Formula, PullDtype, check_bfloat16
 from distnadam.torch.groups import check_formula, check_names, check_values, formula_of
 from distnadam.torch.held import Held
 from distnadam.torch.shards import Shards
-from distnadam.torch.state_dict import State, check_state
+from distnadam.torch.state_dict import State
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -47,7 +47,12 @@ class BaseOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
         defaults: torch's settings.
         rank, num_workers: this process's rank and how many there are; found by themselves under
             torchrun and in Ray Train, and given in actors of one's own.
-        num_shards, replicas, backend, name, options: as of `distnadam.DistNadam`.
+        num_shards, replicas, backend, name, options: as of `distnadam.DistNadam`. Several ranks
+            find each other by `name`, and one that was killed comes back by it: the shards outlive
+            all ranks until rank 0 closes, or `distnadam.DistNadam.stop(name)`, unless
+            `Options(outlives=False)` ends them with rank 0's process. Under torchrun and in Ray
+            Train the ranks need no name; without one the shards end with rank 0's process, also if
+            that is killed, and the next start of the script begins with its own.
         overlap: send each gradient while the backward pass goes on, as it yields them. It promises
             that nobody changes a gradient after that: no second backward pass, no unscaling or
             clipping by torch's functions; what is seen to be changed is refused. `clip_grad_norm_`
@@ -194,7 +199,7 @@ class BaseOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
         def look(_: object, given: dict[str, Any]) -> None:
             loaded.update(given)
             check_formula(given["param_groups"], formula_of(self.param_groups))
-            check_state(self._matched(given), self._held.names)
+            self._held.check(self._matched(given))
 
         handle = self.register_load_state_dict_pre_hook(look)
         self._loaded = loaded

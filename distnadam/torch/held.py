@@ -146,6 +146,11 @@ class Held:
         self._state |= others
         self._is_replaced = True
 
+    def check(self, state: State) -> None:
+        """Raise StructureError for a state that the tensors cannot have."""
+        rounding = self.shards.pull_dtype
+        check_state(state, self.names, has_product=self.has_product, pull_dtype=rounding)
+
     @property
     def _is_edited(self) -> bool:
         """Whether the state was replaced, or a tensor of it changed in place, since it was read."""
@@ -294,7 +299,7 @@ class Held:
         if is_edited:
             beta_1 = None if self.has_product else settings.betas[0]
             state = self.state()
-            check_state(state, self.names)
+            self.check(state)
             state_of = flat_of(self.shards.layout, state, self._by_name(), beta_1=beta_1)
             words.append(f"the state ({digest(state, self._tensors)})")
             exact = masters_of(state, self._by_name(), self.shards.pull_dtype)

@@ -148,10 +148,20 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def check_state(
-    state: Mapping[torch.Tensor, Mapping[str, Any]], names: Mapping[torch.Tensor, str]
+    state: Mapping[torch.Tensor, Mapping[str, Any]],
+    names: Mapping[torch.Tensor, str],
+    *,
+    has_product: bool,
+    pull_dtype: str | None,
 ) -> None:
     """Raise StructureError for a state that the tensors cannot have, naming the tensor, what was
     expected and what was given.
+
+    Args:
+        state: torch's.
+        names: of the tensors.
+        has_product: whether the formula has a momentum schedule.
+        pull_dtype: to which shards round the parameters that they hand out.
     """
     for tensor, each in state.items():
         if tensor not in names:
@@ -164,10 +174,17 @@ def check_state(
         for name in (*MOMENTS.values(), MASTER):
             if name in each:
                 _check_moment(f"load_state_dict: {name} {who}", name, each[name], tensor.shape)
+        if MASTER in each and not has_master(tensor, pull_dtype):
+            _check_not_finer(f"load_state_dict: {MASTER} {who}", each[MASTER], tensor)
         steps, product = float(each.get("step", 0.0)), float(each.get("mu_product", 1.0))
         if not 0 <= steps < 2**53 or steps != int(steps):
             raise StructureError(
                 f"load_state_dict: step {who}: expected a whole number of at least 0, got {steps!r}"
+            )
+        if has_product and steps and "exp_avg" in each and "mu_product" not in each:
+            raise StructureError(
+                f"load_state_dict: mu_product {who} is not there, and its step is {steps:g}: the "
+                "state is of a formula without momentum schedule, such as Adam's"
             )
         if not 0.0 <= product <= 1.0:
             raise StructureError(
@@ -183,6 +200,17 @@ def _check_moment(what: str, name: str, given: Any, shape: Sequence[int]) -> Non
     if not np.isfinite(wide).all() or (name == "exp_avg_sq" and (wide < 0).any()):
         must = "finite and at least 0" if name == "exp_avg_sq" else "finite"
         raise StructureError(f"{what}: expected numbers that are {must}")
+
+
+def _check_not_finer(what: str, master: Any, tensor: torch.Tensor) -> None:
+    """Refuse a master that is lost with a parameter that is stepped as the model holds it."""
+    if not tensor.is_meta and not _equal(torch.as_tensor(master), tensor):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise StructureError(
+            f"{what}: it has bits that the parameter has not, and would be lost, since this "
+            f"optimizer steps the {dtype} parameter itself: copy the master into the parameter "
+            "first, or make the optimizer with pull_dtype='bfloat16', which keeps masters"
+        )
 
 
 def flat_of(

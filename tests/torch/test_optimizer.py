@@ -37,6 +37,17 @@ SCHEDULERS = {
         [lr_scheduler.LinearLR(o, 0.1, 1.0, 5), lr_scheduler.ExponentialLR(o, 0.9)],
         milestones=[5],
     ),
+    "multi-step": lambda o: lr_scheduler.MultiStepLR(o, [3, 8], 0.3),
+    "multiplicative": lambda o: lr_scheduler.MultiplicativeLR(o, lambda step: 0.95),
+    "constant": lambda o: lr_scheduler.ConstantLR(o, 0.5, 4),
+    "linear": lambda o: lr_scheduler.LinearLR(o, 0.2, 1.0, 10),
+    "exponential": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
+    "cosine once": lambda o: lr_scheduler.CosineAnnealingLR(o, 12, 1e-4),
+    "polynomial": lambda o: lr_scheduler.PolynomialLR(o, 15, 2.0),
+    "chained": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o, 0.1, 3), lr_scheduler.ExponentialLR(o, 0.9)], optimizer=o
+    ),
+    "average": lambda o: torch.optim.swa_utils.SWALR(o, 0.005, anneal_epochs=6),
 }
 
 
@@ -86,6 +97,13 @@ def test_a_scheduler_steps_it_as_it_steps_torch_s(name: str) -> None:
     train(other, b, batches(30), SCHEDULERS[name](b))
     assert distance(one, other) < CLOSE
     assert [g["lr"] for g in a.param_groups] == [g["lr"] for g in b.param_groups]
+
+
+def test_no_scheduler_of_torch_is_left_out() -> None:
+    tried = [schedule(ours.DistNadam(make().parameters())) for schedule in SCHEDULERS.values()]
+    parts = [part for each in tried for part in getattr(each, "_schedulers", ())]
+    found = {type(each).__name__ for each in [*tried, *parts]} | {"ReduceLROnPlateau"}
+    assert set(lr_scheduler.__all__) - {"LRScheduler"} <= found
 
 
 def test_a_plateau_and_a_tensor_as_learning_rate() -> None:
@@ -608,6 +626,16 @@ def test_loading_what_is_there_already_changes_nothing() -> None:
         ),
         (lambda s: s["state"][1].update(step=-1.0), StructureError, "step of 'param1': expected"),
         (lambda s: s["state"][2].update(mu_product=2.0), StructureError, "mu_product of 'param2'"),
+        (
+            lambda s: s["state"][3].pop("mu_product"),
+            StructureError,
+            "mu_product of 'param3' is not",
+        ),
+        (
+            lambda s: s["state"][3].update(master=torch.ones(2)),
+            StructureError,
+            "master of 'param3': it has bits that the parameter has not, and would be lost",
+        ),
         (
             lambda s: s["state"][0]["exp_avg_sq"].fill_(-1.0),
             StructureError,

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 torch = pytest.importorskip("torch")
 
 import distnadam  # noqa: E402
-from distnadam.errors import ConfigError  # noqa: E402
+from distnadam.errors import ConfigError, StructureError  # noqa: E402
 from tests.torch.models import batches, bits, loss_of, make, train  # noqa: E402
 
 ours = distnadam.torch
@@ -103,6 +103,37 @@ def test_a_saved_model_goes_on_with_the_same_masters(how: str, tmp_path: Path) -
     assert bits(one) == bits(other)
     for name in ("master", "exp_avg", "exp_avg_sq", "step", "mu_product"):
         assert all(torch.equal(a.state[p][name], b.state[q][name]) for p, q in pairs(one, other))
+
+
+@pytest.mark.parametrize("of", ["bfloat16 tensors", "float16 tensors", "pull_dtype"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_masters_that_another_optimizer_has_no_place_for_are_refused_or_its_parameters(
+    of: str, dtype: Any
+) -> None:
+    is_rounding = of == "pull_dtype"
+    held = torch.float32 if is_rounding else getattr(torch, of.split()[0])
+    one, other = make(dtype=held), make(9, dtype=dtype)
+    rounding = {"pull_dtype": "bfloat16"} if is_rounding else {}
+    a = ours.DistNadam(one.named_parameters(), lr=1e-3, **rounding)
+    train(one, a, batches(5, dtype=held))
+    other.load_state_dict(one.state_dict())
+    b = ours.DistNadam(other.named_parameters(), lr=1e-3)
+    before = copy.deepcopy(b.state_dict())
+    with pytest.raises(StructureError, match=r"master of '0\.bias': .*pull_dtype='bfloat16'"):
+        b.load_state_dict(a.state_dict())
+    assert str(b.state_dict()) == str(before)
+    for p, master in zip(other.parameters(), masters(a), strict=True):
+        p.data.copy_(master)
+    b.load_state_dict(a.state_dict())
+    for p, q in pairs(one, other):
+        p.grad = torch.full_like(p, 0.25)
+        q.grad = torch.full_like(q, 0.25)
+    a.step(), b.step()
+    assert {float(each["step"]) for each in b.state.values()} == {6.0}
+    for p, master in zip(other.parameters(), masters(a), strict=True):
+        atol = 0.0 if dtype == torch.float32 else 1e-6
+        assert torch.allclose(p, master.to(dtype), rtol=0, atol=atol)
+        assert "master" not in b.state[p]
 
 
 def pairs(one: Any, other: Any) -> Any:
