@@ -66,15 +66,15 @@ class Options:
             they can.
         step_timeout_s: seconds that a worker waits for a round to be applied before it raises
             `StepTimeout`, naming the ranks or shards that are late.
-        object_store_bytes: size in bytes of the object store of a Ray that this package starts.
-            None means Ray's default.
+        object_store_bytes: of a Ray that this package starts. None means Ray's default.
         checkpoint_dir: the directory, a path or an fsspec URL, from which the shards restore when
             one of them dies without a standby; `build` writes a first checkpoint there. None means
             the directory of the last `save`. A relative path is made absolute here. A URL with a
             password or token in it is in no checkpoint, and shown without.
+        outlives: whether an optimizer that has a name outlives the process that made it; False
+            ends it with that process, however that ends.
         retain_initial: keep the parameters given to `build` in the supervisor until the first
-            checkpoint (4 bytes per float32 element), so that a shard that dies before it can be
-            recovered.
+            checkpoint (4 bytes per float32 element), to recover a shard that dies before.
         min_workers: continue without workers that have been gone for longer than
             `rejoin_timeout_s`, as long as this many remain. None requires all workers.
         rejoin_timeout_s: seconds in which a new worker may take over a dead worker's rank, before
@@ -109,6 +109,7 @@ class Options:
     step_timeout_s: float = 300.0
     object_store_bytes: int | None = None
     checkpoint_dir: str | None = None
+    outlives: bool = True
     retain_initial: bool = True
     min_workers: int | None = None
     rejoin_timeout_s: float = 30.0
@@ -391,6 +392,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "on_nonfinite": ("raise", "skip"),
     "check_gradients": (True, False),
     "spread": (True, False),
+    "outlives": (True, False),
     "retain_initial": (True, False),
     "transport": ("auto", "objects"),
     "kernel": ("auto", "numpy", "fused"),

@@ -3,10 +3,12 @@ attach to that name. Imports no framework and no Ray.
 
 Where Ray runs already (`RAY_ADDRESS`, an actor, a train function of Ray Train) the name is enough.
 Else rank 0 starts a Ray, and leaves for the others of its host how they join it, in a file that
-only their user can read.
+only their user can read, and that counts while rank 0 lives.
 """
 
 import atexit
+import dataclasses
+import fcntl
 import json
 import os
 import stat
@@ -18,7 +20,7 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from threading import Thread
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from distnadam.backends import factory
 from distnadam.config import Options
@@ -40,6 +42,7 @@ _LOOK_S = 0.02
 _OTHERS_END_S = 60.0
 """Seconds that rank 0 waits at its end for the others to end too."""
 _made = count()
+_announced: dict[str, IO[str]] = {}  # which are locked as long as this process lives
 
 
 def name_for(place: Place, name: str | None) -> str | None:
@@ -58,6 +61,13 @@ def name_for(place: Place, name: str | None) -> str | None:
     return f"{place.run}-{next(_made)}"
 
 
+def lasting(options: Options, *, is_named: bool) -> Options:
+    """Return the options of what ranks make together. Under a name of ours it ends with rank 0's
+    process, also one that is killed: the next start of the script has another name.
+    """
+    return options if is_named else dataclasses.replace(options, outlives=False)
+
+
 def prepare(place: Place, options: Options) -> None:
     """Have a Ray, before rank 0 builds; other optimizers of this process are on it too."""
     if place.num_workers > 1:
@@ -70,9 +80,12 @@ def announce(place: Place, name: str) -> None:
         return
     directory = _directory()
     descriptor, temporary = tempfile.mkstemp(dir=directory)  # which only this user can read
-    with open(descriptor, "w") as file:
-        json.dump(factory.how_to_join(), file)
+    file = open(descriptor, "w")  # noqa: SIM115  # for as long as this process says so
+    json.dump(factory.how_to_join(), file)
+    file.flush()
+    fcntl.flock(file, fcntl.LOCK_EX)
     os.replace(temporary, directory / name)
+    _announced[name] = file
 
 
 def withdraw(place: Place, name: str) -> None:
@@ -80,6 +93,8 @@ def withdraw(place: Place, name: str) -> None:
     if place.is_one_host and place.run is not None:
         with suppress(OSError, ClusterError):
             (_directory() / name).unlink()
+        if (file := _announced.pop(name, None)) is not None:
+            file.close()
 
 
 def attach(place: Place, name: str, timeout_s: float) -> DistNadam:
@@ -164,11 +179,16 @@ def _await(look: Callable[[], _T | None], name: str, place: Place, timeout_s: fl
 
 
 def _read(path: Path) -> dict[str, str] | None:
+    """Return what a rank 0 that lives has announced; one that was killed may have left another."""
     try:
-        found: dict[str, str] = json.loads(path.read_text())
+        with path.open() as file:
+            with suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return None
+            found: dict[str, str] = json.load(file)
+            return found
     except FileNotFoundError:
         return None
-    return found
 
 
 def _directory() -> Path:

@@ -116,8 +116,9 @@ class Replica:
             )
         self._is_named = plan["name"] is not None
         self._name = meeting.name_for(place, plan["name"])
-        self._arguments["name"] = self._name
-        self._options = Options.of(plan["options"])
+        options = Options.of(plan["options"])
+        self._options = meeting.lasting(options, is_named=self._is_named)
+        self._arguments |= {"name": self._name, "options": self._options}
         self.use_ema: bool = plan["use_ema"]
         self._joined: tuple[DistNadam, Worker] | None = None
         self._slots: Slots | None = None

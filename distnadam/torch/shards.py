@@ -68,7 +68,7 @@ class Shards:
             )
         self._is_named = self._topology.name is not None
         self._name = meeting.name_for(place, self._topology.name)
-        self._options = options
+        self._options = meeting.lasting(options, is_named=self._is_named)
         self._optimizer: DistNadam | None = None
         self._worker: Worker | None = None
         self.fixed: dict[str, Any] = {}

@@ -10,6 +10,7 @@ import pytest
 
 from distnadam import waiting
 from distnadam.backends import factory
+from distnadam.config import Options
 from distnadam.errors import ClusterError, ConfigError, StepTimeout
 from distnadam.frontends import meeting
 from distnadam.frontends.ranks import Place
@@ -46,6 +47,23 @@ def test_what_rank_0_announces_only_its_user_can_read(temporary: Path) -> None:
     meeting.withdraw(HERE, "run-1-0")
     meeting.withdraw(HERE, "run-1-0")
     assert list(directory.iterdir()) == []
+
+
+def test_what_a_killed_rank_0_has_announced_counts_no_more(temporary: Path) -> None:
+    meeting.announce(HERE, "run-1-0")
+    (file,) = meeting._directory().iterdir()
+    meeting._announced.pop("run-1-0").close()  # as the end of the process does
+    assert file.exists() and meeting._read(file) is None
+    meeting.announce(HERE, "run-1-0")  # the next start
+    assert meeting._read(file) == WAY
+    meeting.withdraw(HERE, "run-1-0")
+    assert meeting._read(file) is None
+
+
+def test_what_has_no_name_of_the_user_s_ends_with_rank_0() -> None:
+    options = Options(step_timeout_s=7.0)
+    assert meeting.lasting(options, is_named=True) is options
+    assert meeting.lasting(options, is_named=False) == Options(step_timeout_s=7.0, outlives=False)
 
 
 def test_a_directory_that_others_can_use_is_refused(temporary: Path) -> None:

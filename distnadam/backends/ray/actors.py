@@ -99,15 +99,15 @@ def start_time_on(node: str, pid: int) -> Any:
 def make_supervisor(specs: Sequence[ShardSpec], replicas: int) -> Any:
     """Return a new supervisor.
 
-    A named one outlives this process, and Ray restarts it if it dies; an unnamed one ends with this
-    process, so it is placed on this node.
+    Ray restarts a named one if it dies, and unless its options say otherwise it outlives this
+    process; an unnamed one ends with this process, so it is placed on this node.
     """
     asked: dict[str, Any] = {"num_cpus": 0, "max_task_retries": 0}
     if specs[0].name is not None:
         asked |= {
             "name": specs[0].name,
             "namespace": NAMESPACE,
-            "lifetime": "detached",
+            "lifetime": "detached" if specs[0].options.outlives else "non_detached",
             "max_restarts": -1,
         }
         beside_shards = Placement(

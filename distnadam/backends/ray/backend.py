@@ -146,7 +146,7 @@ class RayBackend(Backend):
         try:
             supervisor = named(name)
         except NotRunning:
-            if not registry.actors_of(run):
+            if not registry.actors_of(run) and not registry.addresses_of(run):
                 raise
             supervisor = None
         end_optimizer(supervisor, run)

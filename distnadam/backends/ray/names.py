@@ -25,19 +25,6 @@ def end_optimizer(supervisor: Any, run: str | None) -> None:
             registry.kill_all(run, kill_on)
 
 
-def is_named(supervisor: Any, name: str) -> bool:
-    """Whether the name is still this supervisor's, so that Ray restarts it if it died.
-
-    A supervisor that was ended has lost its name.
-    """
-    try:
-        return bool(ray.get_actor(name, namespace=NAMESPACE) == supervisor)
-    except ValueError:
-        return False
-    except Exception:  # the cluster does not answer, so nothing is known
-        return True
-
-
 def named(name: str) -> Any:
     """Return the supervisor of the optimizer of that name.
 

@@ -5,6 +5,7 @@ memory on one node, by TCP or calls between nodes. The protocol is decided in `r
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import os
@@ -22,6 +23,7 @@ from distnadam.backends.ray.lease import Lease, lease_s
 from distnadam.backends.ray.metrics_exporter import Exporter
 from distnadam.backends.ray.nodes import node_facts
 from distnadam.backends.ray.object_replication import OrderedStream
+from distnadam.backends.ray.orphans import on_end_of
 from distnadam.backends.ray.standby_connector import StandbyConnector
 from distnadam.errors import ArenaError, ClusterError, LaneError
 from distnadam.metrics.meter import shard_bytes
@@ -84,6 +86,8 @@ class ShardActor:
         self._stream = OrderedStream()
         self._landing: dict[str, Flat] = {}
         self._exporter = Exporter.start(spec.name, spec.options)
+        if spec.name is not None:  # else it is the supervisor's child, which ends with it
+            on_end_of(supervisor, spec.name, self._end_as_orphan)
 
     async def about(self) -> dict[str, str]:
         """Return this process's node, id and package versions."""
@@ -361,6 +365,12 @@ class ShardActor:
             self._spec.index,
         )
         os._exit(1)
+
+    def _end_as_orphan(self) -> None:
+        log.info("shard %d: its supervisor has ended, and so does it", self._spec.index)
+        with contextlib.suppress(Exception):  # the cluster ends as well
+            registry.forget(self._spec.run_id, [self._address])
+        os._exit(0)
 
     def _notice(self, notice: Notice) -> None:
         if isinstance(notice.report, StandbyLost) and self._lease is not None:

@@ -198,6 +198,10 @@ class SupervisorActor:
         """Return the relay of a node, as `Relays.on` does."""
         return await self._relays.on(node, gone)
 
+    async def forever(self) -> None:
+        """Never return: the end of this call is the end of the process."""
+        await asyncio.Event().wait()
+
     async def close(self) -> None:
         """Stop watching, and end every process."""
         await self._relays.close()

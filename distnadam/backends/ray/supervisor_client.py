@@ -13,7 +13,7 @@ from distnadam.backends.base import SupervisorClient
 from distnadam.backends.ray.address import ProcessAddress
 from distnadam.backends.ray.calls import Callee, retry_until_answered
 from distnadam.backends.ray.joined import require_ray, while_ray_lives
-from distnadam.backends.ray.names import is_named
+from distnadam.backends.ray.orphans import is_named
 from distnadam.backends.ray.relays import RelayProcess
 from distnadam.backends.ray.supervisor_actor import SupervisorStatus
 from distnadam.errors import ClusterError, LifecycleError, Unrecoverable
@@ -177,6 +177,6 @@ class RaySupervisorClient(SupervisorClient):
         if self._name is not None and not is_named(self.actor, self._name):
             raise LifecycleError(
                 f"the optimizer {self._name!r} was ended by another process: by "
-                "`distnadam stop`, or by its creator"
+                "`distnadam stop`, by its creator, or with it"
             )
         return self._name is not None

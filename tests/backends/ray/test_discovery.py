@@ -4,6 +4,8 @@ who does not answer, and goes on.
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from distnadam.backends.ray import registry
 from distnadam.backends.ray.backend import RayBackend
 from distnadam.backends.ray.processes import process_start_time
 from distnadam.errors import NotRunning, Rewound
+from tests.eventually import eventually
 from tests.models import bits
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -143,6 +146,55 @@ def test_an_optimizer_is_ended_by_name_even_if_only_its_shards_are_left() -> Non
         DistNadam.stop("orphaned")
     with build("orphaned") as again:
         assert again.apply_gradients(gradient(0)) == 1
+
+
+MAKER = """
+import sys
+from distnadam import DistNadam, Options
+from tests.backends.ray.test_discovery import START, gradient
+options = Options(outlives=False)
+optimizer = DistNadam(name="owned", num_shards=2, replicas=1, options=options).build(START)
+optimizer.apply_gradients(gradient(0))
+print("built", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+def test_one_that_does_not_outlive_its_maker_survives_its_supervisor_and_ends_with_the_maker() -> (
+    None
+):
+    root = str(Path(__file__).parents[3])
+    address = ray.get_runtime_context().gcs_address
+    maker = subprocess.Popen(
+        [sys.executable, "-c", MAKER],
+        env=os.environ | {"RAY_ADDRESS": address, "PYTHONPATH": root},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert maker.stdout is not None and maker.stdout.readline() == "built\n"
+        optimizer = DistNadam.connect("owned")
+        eventually(lambda: set(optimizer.shards.backend.standbys()) == {0, 1})
+        shards = backend_of(optimizer).addresses
+        supervisor = supervisor_of(optimizer)
+        os.kill(supervisor, signal.SIGKILL)
+        wait_until_another_supervises(optimizer, supervisor)
+        step_to(optimizer, 3)
+        assert bits(optimizer) == undisturbed(3)
+        assert [a.pid for a in backend_of(optimizer).addresses] == [a.pid for a in shards]
+        there = processes_of("owned")
+        assert len(there) == 5
+        maker.kill()
+        eventually(lambda: not any(process_start_time(pid) == born for pid, born in there))
+        with pytest.raises(NotRunning, match="no optimizer named 'owned'"):
+            DistNadam.connect("owned")
+        DistNadam.stop("owned")  # of what it was, Ray still has a record
+        assert processes_of("owned") == set()
+    finally:
+        maker.kill()
+        maker.communicate()
 
 
 @pytest.mark.nightly
