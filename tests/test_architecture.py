@@ -191,6 +191,12 @@ def test_only_one_folder_imports_ray() -> None:
     assert all(module.startswith(RAY_FOLDER) for module in importing)
 
 
+def test_other_folders_import_messages_from_one_module() -> None:
+    apart = {"protocol/pushes", "protocol/shard_status"}  # which `protocol/messages` hands on
+    importing = {module for module in MODULES if ours(source_of(module)) & apart}
+    assert importing == {module for module in importing if unit(module) == "protocol"} != set()
+
+
 def test_no_folder_has_a_circle_of_imports_inside() -> None:
     graph = {
         module: {other for other in ours(source_of(module)) if other != module}

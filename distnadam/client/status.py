@@ -19,8 +19,7 @@ from distnadam.errors import CheckpointError, DistNadamError, NotRunning, ShardL
 from distnadam.metrics.meter import shard_bytes
 from distnadam.places import shown
 from distnadam.planning.balance import Pace, SlowHost, slow_hosts
-from distnadam.protocol.messages import NO_NORM, Describe
-from distnadam.protocol.shard_status import Description, ShardSpec
+from distnadam.protocol.messages import NO_NORM, Describe, Description, ShardSpec
 from distnadam.schedules import rate_at
 from distnadam.tensors.layout import sizes_of
 from distnadam.transport.link import carriers

@@ -3,8 +3,9 @@
 Workers send Join, Push, TotalNorms, Pull and Leave; a worker's broken connection counts as
 WorkerDied. A client that acts on the optimizer as a whole pauses every shard after the same round
 (Pause, CatchUp), reads or changes it (Read, Write, SetConfig, Step, Save), and resumes it (Resume).
-Arrays are the shard's own ranges. Pushes are in `pushes`, with the slice that only a relay takes, a
-shard's status in `shard_status`, the supervisor's orders in `supervisor_messages`.
+Arrays are the shard's own ranges. Pushes are in `pushes`, with the slice that only a relay takes,
+and a shard's status is in `shard_status`; other folders import both from here. The supervisor's
+orders are in `supervisor_messages`.
 """
 
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from distnadam.protocol.pushes import PushSlice as PushSlice
 from distnadam.protocol.round_settings import ORDINARY, RoundSettings
 from distnadam.protocol.shard_status import Describe as Describe
 from distnadam.protocol.shard_status import Description as Description
+from distnadam.protocol.shard_status import Owners as Owners
 from distnadam.protocol.shard_status import ShardSpec as ShardSpec
 from distnadam.tensors.arrays import Array, Flat
 

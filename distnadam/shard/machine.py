@@ -34,7 +34,7 @@ import distnadam.protocol.messages as msg
 import distnadam.protocol.supervisor_messages as orders
 from distnadam.errors import DistNadamError, IllegalMessage, Reconfigured, ShardLost
 from distnadam.hyperparameters import NadamConfig
-from distnadam.protocol.shard_status import Description, ShardSpec
+from distnadam.protocol.messages import Description, ShardSpec
 from distnadam.protocol.supervisor_events import RankDied, RankJoined, RankLeft
 from distnadam.shard.effects import Answer, Compute, Effect, Notice, Replicate, Work
 from distnadam.shard.epochs import Epochs

@@ -14,7 +14,7 @@ from distnadam.errors import (
     SupersededWorker,
     WorkerLost,
 )
-from distnadam.protocol.shard_status import Owners
+from distnadam.protocol.messages import Owners
 from distnadam.protocol.supervisor_messages import MembershipHistory
 from distnadam.shard.epochs import Epochs
 from distnadam.shard.ledger import Ledger

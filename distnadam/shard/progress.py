@@ -14,13 +14,13 @@ from distnadam.nadam.norms import running_sum
 from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol.messages import (
     NO_NORM,
+    Description,
     Outcome,
     Paused,
     PushNote,
     RoundResult,
     describe_replacement,
 )
-from distnadam.protocol.shard_status import Description
 from distnadam.protocol.supervisor_messages import (
     DetachStandby,
     Load,

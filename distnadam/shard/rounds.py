@@ -14,8 +14,8 @@ from distnadam.errors import (
     Reconfigured,
     RoundMismatch,
 )
+from distnadam.protocol.messages import ShardSpec
 from distnadam.protocol.round_settings import ORDINARY, RoundSettings
-from distnadam.protocol.shard_status import ShardSpec
 from distnadam.shard.effects import Answer, Effect, Replicate
 from distnadam.shard.ledger import DIRECT
 from distnadam.shard.membership import Numbered

@@ -14,7 +14,7 @@ from typing import Any
 
 from distnadam.errors import ShardLost, StepTimeout
 from distnadam.hyperparameters import NadamConfig
-from distnadam.protocol.shard_status import Describe, Description, Owners, ShardSpec
+from distnadam.protocol.messages import Describe, Description, Owners, ShardSpec
 from distnadam.protocol.supervisor_messages import MembershipHistory
 from distnadam.shard.phases import Phase
 from distnadam.supervision.process_manager import ProcessManager, ShardProcess

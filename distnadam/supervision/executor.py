@@ -11,9 +11,8 @@ from typing import Any
 from distnadam.errors import DistNadamError, IllegalMessage, ShardLost, StepTimeout
 from distnadam.hyperparameters import NadamConfig
 from distnadam.places import shown
-from distnadam.protocol.messages import Description, Join, Joined, Resume, WorkerDied
+from distnadam.protocol.messages import Description, Join, Joined, Resume, ShardSpec, WorkerDied
 from distnadam.protocol.orphaned_push import orphaned_pushes
-from distnadam.protocol.shard_status import ShardSpec
 from distnadam.protocol.supervisor_messages import (
     AbandonRank,
     Load,

@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from distnadam.errors import DistNadamError, ShardLost, StaleEpoch, StepTimeout
-from distnadam.protocol.messages import Resume
-from distnadam.protocol.shard_status import ShardSpec
+from distnadam.protocol.messages import Resume, ShardSpec
 from distnadam.protocol.supervisor_messages import Load, Retire
 from distnadam.supervision.pause import all_paused
 from distnadam.supervision.process_manager import Move, ShardProcess, ShardProcesses

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 
 from distnadam.errors import DistNadamError
-from distnadam.protocol.shard_status import ShardSpec
+from distnadam.protocol.messages import ShardSpec
 from distnadam.protocol.supervisor_messages import AttachStandby
 from distnadam.supervision.cluster_state import ClusterState
 from distnadam.supervision.events import StandbyFilled, StandbyStarted

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from time import perf_counter
 from typing import TypeVar
 
-from distnadam.protocol.shard_status import ShardSpec
+from distnadam.protocol.messages import ShardSpec
 
 _Found = TypeVar("_Found")
 _SPIN_S = 50e-6

@@ -20,8 +20,8 @@ from safetensors.numpy import load_file
 
 from distnadam import DistNadam
 from distnadam.checkpoint import store
-from distnadam.checkpoint.manifest import Manifest, Position, shard_file_name
-from distnadam.checkpoint.shard_file import CHUNK_BYTES, read_shard, write_shard
+from distnadam.checkpoint.manifest import CHUNK_BYTES, Manifest, Position, shard_file_name
+from distnadam.checkpoint.shard_file import read_shard, write_shard
 from distnadam.checkpoint.storage.local import LocalDirectory
 from distnadam.config import Settings
 from distnadam.errors import CheckpointBusy, CheckpointError

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from distnadam import DistNadam
 from distnadam.checkpoint import store
-from distnadam.checkpoint.manifest import Manifest, shard_file_name
+from distnadam.checkpoint.manifest import CHUNK_BYTES, Manifest, shard_file_name
 from distnadam.checkpoint.shard_file import (
-    CHUNK_BYTES,
     fill_shard,
     leftover_readers,
     read_shard,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from distnadam import fit
-from distnadam.cli.training import load_task
+from distnadam.cli.task_names import load_task
 from distnadam.errors import ClusterError, VersionMismatch
 from tests.cli.test_cli import start
 

@@ -8,8 +8,7 @@ import pytest
 from distnadam.config import Options
 from distnadam.errors import IllegalMessage, ShardLost, StepTimeout
 from distnadam.hyperparameters import NadamConfig
-from distnadam.protocol.messages import ShardSpec
-from distnadam.protocol.shard_status import Description
+from distnadam.protocol.messages import Description, ShardSpec
 from distnadam.shard.phases import Phase
 from distnadam.supervision.cluster_state import ClusterState, owners
 from distnadam.supervision.process_manager import ShardProcess
