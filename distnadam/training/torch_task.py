@@ -1,16 +1,25 @@
 """A task that trains a torch module: its parameters in, its gradients out, as NumPy arrays."""
 
+import contextlib
 import sys
+import threading
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from distnadam.errors import TrainingError
 from distnadam.extras import how_to_install
+from distnadam.training.task_checks import fingerprint
+from distnadam.training.task_state import StatefulTask
 
 Array = NDArray[Any]
+_drawing = threading.RLock()
+"""Held by whoever draws from torch's generators, which ranks that are threads share."""
+_MOST_SEEDING_BYTES = 4096
 
 
 def import_torch(task: str) -> Any:
@@ -25,8 +34,11 @@ def import_torch(task: str) -> Any:
 class TorchTask(ABC):
     """A task for `fit` and ``distnadam train``, of a module, a loss and batches.
 
-    Parameters that need no gradient stay as `make_module` made them. What the loss draws at random
-    (dropout) should come from the batch, or a repeated step has other gradients.
+    Parameters that need no gradient stay as `make_module` made them. What the loss draws from
+    torch's generators, as dropout does, is seeded by the batch and the parameters, so that a
+    repeated step draws the same. Buffers that the module's `state_dict` has, such as BatchNorm's
+    averages, are the task's own state (`Task` says what becomes of it), unless a subclass has
+    `state` and `load_state`.
 
     Attributes:
         device: where the module and the tensors of its batches go. None is the GPU of a worker that
@@ -81,6 +93,10 @@ class TorchTask(ABC):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.module = self.make_module()
+        self._draws = True  # until the first step shows
+        if self._buffers() and not isinstance(self, StatefulTask):
+            # only then: a rank of a task without state recovers alone
+            self.state, self.load_state = self._state, self._load_state
         return {name: _array_of(p).copy() for name, p in self._parameters()}
 
     def loss_and_gradients(self, params: Any, batch: Any) -> tuple[float, dict[str, Array]]:
@@ -88,8 +104,12 @@ class TorchTask(ABC):
         self._set(params)
         self.module.zero_grad(set_to_none=True)
         torch = self._torch()
-        loss = self.loss_of(self.module, _moved(batch, self._device(torch), torch.Tensor))
-        loss.backward()
+        device = self._device(torch)
+        with (
+            self._seeded(torch, device, params, batch) if self._draws else contextlib.nullcontext()
+        ):
+            loss = self.loss_of(self.module, _moved(batch, device, torch.Tensor))
+            loss.backward()
         return loss.item(), {
             name: _array_of(torch.zeros_like(p) if p.grad is None else p.grad)
             for name, p in self._parameters()
@@ -105,6 +125,31 @@ class TorchTask(ABC):
                 return self.metrics_of(self.module.eval())
         finally:
             self.module.train(was_training)
+
+    @contextlib.contextmanager
+    def _seeded(self, torch: Any, device: str, params: Any, batch: Any) -> Iterator[None]:
+        """Seed torch's generators for a step, and see whether it draws; leave them as they were."""
+        cuda = [torch.device(device)] if device.startswith("cuda") else []
+        with _drawing, torch.random.fork_rng(devices=cuda):
+            torch.manual_seed(_seed_of(self.seed, params, batch))
+            before = _generators(torch, cuda)
+            yield
+            after = _generators(torch, cuda)
+            self._draws = any(not torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+    def _state(self) -> dict[str, Any]:
+        return {name: _array_of(buffer).copy() for name, buffer in self._buffers().items()}
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        torch = self._torch()
+        with torch.no_grad():
+            for name, buffer in self._buffers().items():
+                buffer.copy_(torch.from_numpy(np.array(state[name])))
+
+    def _buffers(self) -> dict[str, Any]:
+        """Return the buffers that `state_dict` has, by name."""
+        saved = self.module.state_dict()
+        return {name: each for name, each in self.module.named_buffers() if name in saved}
 
     def _torch(self) -> Any:
         return import_torch(getattr(self, "name", type(self).__name__))
@@ -128,6 +173,20 @@ class TorchTask(ABC):
     def _parameters(self) -> list[tuple[str, Any]]:
         named = self.module.named_parameters()
         return [(name, parameter) for name, parameter in named if parameter.requires_grad]
+
+
+def _generators(torch: Any, cuda: list[Any]) -> list[Any]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in cuda)]
+
+
+def _seed_of(seed: int, params: Any, batch: Any) -> int:
+    """Return a seed for a step: of its batch and, for one that comes again, of some parameters."""
+    last = np.ascontiguousarray([*params.values()][-1]).reshape(-1).view(np.uint8)
+    plain = (bool, int, float, str, bytes, tuple, type(None))  # of others no two processes agree
+    found = [(path, leaf) for path, leaf in fingerprint(batch).items() if isinstance(leaf, plain)]
+    digest = xxhash.xxh3_64(repr((seed, found)).encode())
+    digest.update(last[:_MOST_SEEDING_BYTES].tobytes())
+    return digest.intdigest()
 
 
 def _array_of(tensor: Any) -> Array:

@@ -1,18 +1,22 @@
 """The built-in tasks in torch reach their figures, by one command, whatever the workers."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from typing_extensions import override
 
-from distnadam import fit
+from distnadam import DistNadam, fit
+from distnadam.checkpoint import store
 from distnadam.cli import main
 from distnadam.training.tasks import charlm
 from distnadam.training.tasks.charlm import CharLM, text_of_grammar, text_of_topics
 from distnadam.training.tasks.digits_torch import DigitsTorch
+from distnadam.training.torch_task import TorchTask
 
 torch = pytest.importorskip("torch")
 
@@ -116,3 +120,86 @@ def test_a_task_for_a_gpu_computes_there_what_it_computes_on_the_cpu() -> None:
     for name, gradient in gradients.items():
         np.testing.assert_allclose(found[name], gradient, rtol=1e-3, atol=1e-5)
     assert there.evaluate(params).keys() == here.evaluate(params).keys()
+
+
+class Usual(TorchTask):
+    """What a torch user writes: batch normalisation and dropout, and not a word of either."""
+
+    def __init__(self, *, one_batch: bool = False) -> None:
+        self.one_batch = one_batch
+
+    @override
+    def make_module(self) -> Any:
+        return torch.nn.Sequential(
+            torch.nn.Linear(4, 8),
+            torch.nn.BatchNorm1d(8),
+            torch.nn.Dropout(0.5),
+            torch.nn.Linear(8, 1),
+        )
+
+    @override
+    def batch(self, step: int, rank: int, world_size: int) -> Any:
+        seed = 0 if self.one_batch else 1000 * step + rank
+        return torch.randn(16, 4, generator=torch.Generator().manual_seed(seed))
+
+    @override
+    def loss_of(self, module: Any, batch: Any) -> Any:
+        return (module(batch)[:, 0] - batch.sum(1)).square().mean()
+
+    @override
+    def metrics_of(self, module: Any) -> dict[str, float]:
+        return {"mean": module[1].running_mean.abs().sum().item()}
+
+
+def bits(directory: Path) -> dict[str, bytes]:
+    with DistNadam.restore(directory, backend="local") as optimizer:
+        params: dict[str, Any] = optimizer.get_params()
+    state = store.load(str(directory)).user_data["task_state"]
+    return {name: array.tobytes() for name, array in (params | state).items()}
+
+
+@pytest.mark.filterwarnings("error")
+def test_batch_normalisation_and_dropout_need_no_word_and_resume_to_the_bit(
+    tmp_path: Path,
+) -> None:
+    given: Any = {"num_workers": 3, "backend": "local", "verbose": False}
+    whole = fit(Usual(), steps=12, checkpoint_dir=tmp_path / "whole", **given)
+    for steps in (5, 12):
+        parts = fit(Usual(), steps=steps, checkpoint_dir=tmp_path / "parts", **given)
+    assert parts.metrics == whole.metrics
+    assert whole.metrics["mean"] > 0, "the averages that training left, not those of init"
+    expected = bits(tmp_path / "whole" / "step_00000012")
+    assert bits(tmp_path / "parts" / "step_00000012") == expected
+    assert "1.running_mean" in expected
+
+
+def test_dropout_draws_anew_where_the_batch_comes_again() -> None:
+    task = Usual(one_batch=True)
+    params, batch = task.init(0), task.batch(0, 0, 1)
+    generator = torch.get_rng_state()
+    losses = [task.loss_and_gradients(params, batch)[0] for _ in range(2)]
+    assert losses[0] == losses[1]
+    for step in range(1, 5):  # so little that a loss of the same draws would stay as it is
+        moved = params | {"3.bias": params["3.bias"] + np.float32(step * 1e-6)}
+        losses.append(task.loss_and_gradients(moved, batch)[0])
+    assert max(losses) - min(losses) > 0.01
+    assert torch.equal(torch.get_rng_state(), generator), "the caller's draws are not disturbed"
+
+
+def test_a_module_without_buffers_is_a_task_without_state() -> None:
+    task = DigitsTorch()
+    task.init(0)
+    assert not hasattr(task, "state")
+    usual = pickle.loads(pickle.dumps(_after_init(Usual())))
+    assert usual.state().keys() == {
+        "1.running_mean",
+        "1.running_var",
+        "1.num_batches_tracked",
+    }
+    usual.load_state({name: np.full_like(each, 3) for name, each in usual.state().items()})
+    assert usual.module[1].num_batches_tracked == 3
+
+
+def _after_init(task: Any) -> Any:
+    task.init(0)
+    return task
