@@ -1,6 +1,7 @@
 """Finds the task that a command line names."""
 
 import importlib.util
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -22,10 +23,13 @@ def load_task(name: str) -> Task:
         return built_in(name)
     module_name, _, attribute = name.rpartition(":")
     if not module_name:
-        raise click.UsageError(
-            f"no task named {name!r}: give {', '.join(BUILT_IN)}, MODULE:NAME or FILE.py:NAME"
-        )
+        ways = f"{', '.join(BUILT_IN)}, MODULE:NAME or FILE.py:NAME"
+        if Path(name).is_file():
+            ways = f"{name}:NAME, where NAME is the task's class, or an object, in the file"
+        raise click.UsageError(f"no task named {name!r}: give {ways}")
     found: Any = getattr(_module(module_name), attribute, None)
+    if isinstance(found, type):
+        _check_can_be_made(found, name, module_name)
     with task_errors(name):
         task = found() if isinstance(found, type) else found
     if not isinstance(task, Task):
@@ -37,6 +41,21 @@ def load_task(name: str) -> Task:
             f"{', '.join(missing)}"
         )
     return task
+
+
+def _check_can_be_made(found: type, name: str, module: str) -> None:
+    """Raise UsageError unless a class has all its methods, and makes an object of no arguments."""
+    if missing := sorted(getattr(found, "__abstractmethods__", ())):
+        raise click.UsageError(f"{name}: has no {', '.join(missing)} yet: write them")
+    try:
+        inspect.signature(found).bind()
+    except TypeError as error:
+        raise click.UsageError(
+            f"{name}: takes arguments ({error}): make an object in the file, "
+            f"task = {found.__name__}(...), and give {module}:task"
+        ) from error
+    except ValueError:  # of what is not written in Python; its call will tell
+        return
 
 
 def _module(name: str) -> Any:

@@ -90,7 +90,7 @@ class ProgressDisplay(Callback):
             loss, rate = self._view.loss, self._history.steps_per_s
             words = [f"loss {figure(loss)}", *words, f"{rate:.1f} steps/s"]
             self._print(step_line(step, self._view.steps, words))
-        else:
+        elif words:
             self._print(f"step {step}: {'  '.join(words)}")
 
     @override

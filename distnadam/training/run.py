@@ -46,6 +46,7 @@ from distnadam.training.resuming import (
 from distnadam.training.run_plan import RunPlan
 from distnadam.training.step_reports import SeenSteps, report_incomplete, report_steps
 from distnadam.training.task import Task
+from distnadam.training.task_checks import metrics_of
 from distnadam.training.task_code import TaskCode
 from distnadam.training.task_errors import task_errors
 from distnadam.training.termination import STATUS, Termination
@@ -350,8 +351,9 @@ class TrainingRun:
 
     def _metrics(self, optimizer: DistNadam, step: int) -> dict[str, float]:
         params = optimizer.get_params()
-        with task_errors(f"evaluate after step {step}"):
-            return {name: float(value) for name, value in self.task.evaluate(params).items()}
+        where = f"evaluate after step {step}"
+        with task_errors(where):
+            return metrics_of(self.task.evaluate(params), where)
 
     def _make_optimizer(self, found: Found | None) -> DistNadam:
         """Return a built optimizer: with a checkpoint's state if one was found, else new."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from distnadam.errors import ConfigError, StructureError
+from distnadam.errors import ConfigError, StructureError, TrainingError
 from distnadam.tensors.leaves import as_numpy
 from distnadam.training.task import Task
 from distnadam.training.task_state import StatefulTask, state_of
@@ -51,6 +51,25 @@ def _check_takes(
         raise ConfigError(
             f"{asked}: task {label!r} must take {takes}; it has {method.__name__}{signature}"
         ) from error
+
+
+def metrics_of(found: Any, location: str) -> dict[str, float]:
+    """Return what a task's `evaluate` returned, as numbers by name.
+
+    Raises:
+        TrainingError: it is something else; the message begins with `location`.
+    """
+    if not isinstance(found, Mapping):
+        got = f"got {type(found).__name__}"
+        raise TrainingError(f"{location}: expected a dict of numbers by name, {got}")
+    metrics = {}
+    for name, value in found.items():
+        try:
+            metrics[str(name)] = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError is torch's
+            got = f"got {type(value).__name__} ({error})"
+            raise TrainingError(f"{location}: {name}: expected a number, {got}") from error
+    return metrics
 
 
 def is_deterministic(task: Task) -> bool:

@@ -109,6 +109,7 @@ class TorchTask(ABC):
             self._seeded(torch, device, params, batch) if self._draws else contextlib.nullcontext()
         ):
             loss = self.loss_of(self.module, _moved(batch, device, torch.Tensor))
+            _check_loss(loss, torch.Tensor)
             loss.backward()
         return loss.item(), {
             name: _array_of(torch.zeros_like(p) if p.grad is None else p.grad)
@@ -173,6 +174,19 @@ class TorchTask(ABC):
     def _parameters(self) -> list[tuple[str, Any]]:
         named = self.module.named_parameters()
         return [(name, parameter) for name, parameter in named if parameter.requires_grad]
+
+
+def _check_loss(loss: Any, tensor: type) -> None:
+    """Raise TrainingError unless a loss is what `loss_of` says."""
+    if not isinstance(loss, tensor):
+        got = f"got {type(loss).__name__}: leave out .item() and the like"
+    elif (shape := tuple(loss.shape)) and loss.numel() != 1:  # type: ignore[attr-defined]
+        got = f"got one of shape {shape}: take its mean"
+    elif not loss.requires_grad:  # type: ignore[attr-defined]
+        got = "got one that no parameter takes part in: look for .detach() and torch.no_grad()"
+    else:
+        return
+    raise TrainingError(f"loss_of: expected a tensor of one element to call backward() on, {got}")
 
 
 def _generators(torch: Any, cuda: list[Any]) -> list[Any]:

@@ -15,7 +15,7 @@ from distnadam import DistNadam
 from distnadam.cli import main
 
 TASK = """
-import os, threading
+import abc, os, threading
 import numpy as np
 
 class Line:
@@ -54,6 +54,22 @@ class Needing(Line):
 class Unmade(Line):
     def __init__(self):
         raise ValueError("not yet")
+
+class Wide(Line):
+    def __init__(self, width):
+        pass
+
+class Abstract(Line, abc.ABC):
+    @abc.abstractmethod
+    def batch(self, step, rank, world_size): ...
+
+class Wordless(Line):
+    def evaluate(self, params):
+        pass
+
+class Worded(Line):
+    def evaluate(self, params):
+        return {"w": params["w"]}
 
 class Broken(Line):
     def batch(self, step, rank, world_size):
@@ -218,6 +234,26 @@ def test_what_a_task_lacks_is_named(runner: Any, tmp_path: Path) -> None:
     said = call(runner, "train", "mine.py:Half", "--local").output
     assert "it has no loss_and_gradients, evaluate" in " ".join(said.split())
     assert "there is no 'Whole' in mine.py" in call(runner, "train", "mine.py:Whole").output
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ("mine.py", "give mine.py:NAME, where NAME is the task's class"),
+        (
+            "mine.py:Wide",
+            "'width'): make an object in the file, task = Wide(...), and give",
+        ),
+        ("mine.py:Abstract", "mine.py:Abstract: has no batch yet: write them"),
+        ("mine.py:Wordless", "evaluate after step 1: expected a dict of numbers by name, got"),
+        ("mine.py:Worded", "evaluate after step 1: w: expected a number, got ndarray"),
+    ],
+)
+def test_what_is_no_task_yet_is_said_with_what_to_do(args: str, said: str, runner: Any) -> None:
+    ended = call(runner, "train", args, "--local", "--steps", "1", "--quiet")
+    assert ended.exit_code in (1, 2)
+    assert said in " ".join(ended.output.split())
+    assert "Traceback" not in ended.output
 
 
 def test_a_dry_run_says_that_a_ray_cannot_be_reached(

@@ -13,6 +13,7 @@ from typing_extensions import override
 from distnadam import DistNadam, fit
 from distnadam.checkpoint import store
 from distnadam.cli import main
+from distnadam.errors import TrainingError
 from distnadam.training.tasks import charlm
 from distnadam.training.tasks.charlm import CharLM, text_of_grammar, text_of_topics
 from distnadam.training.tasks.digits_torch import DigitsTorch
@@ -203,3 +204,19 @@ def test_a_module_without_buffers_is_a_task_without_state() -> None:
 def _after_init(task: Any) -> Any:
     task.init(0)
     return task
+
+
+@pytest.mark.parametrize(
+    ("loss_of", "said"),
+    [
+        (lambda module, batch: module(batch).mean().item(), r"got float: leave out \.item\(\)"),
+        (lambda module, batch: module(batch), r"got one of shape \(16, 1\): take its mean"),
+        (lambda module, batch: batch.mean(), "that no parameter takes part in"),
+    ],
+)
+def test_a_loss_that_is_none_is_said_with_what_to_do(loss_of: Any, said: str) -> None:
+    task = Usual()
+    params = task.init(0)
+    task.loss_of = loss_of  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match=said):
+        task.loss_and_gradients(params, task.batch(0, 0, 1))

@@ -193,7 +193,7 @@ class RayBackend(Backend):
         actor = make_supervisor([replace(spec, run_id=run) for spec in specs], replicas)
         self.run_id = run  # from here on there is something to end
         self._attach(actor, self._name, ShardMap(0, ()), options)
-        await_start([actor], options)
+        await_start([actor], options, who="the supervisor")
         shards = self.supervisor.start_shards()
         facts = await_start(shards, options)
         check_versions(facts, node_facts())

@@ -7,7 +7,7 @@ import re
 import resource
 import socket
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -32,8 +32,15 @@ _START_S = 120.0
 _REPORT_EVERY_S = 5.0
 
 
-def await_start(actors: Sequence[Any], options: Options) -> list[dict[str, str]]:
+def await_start(
+    actors: Sequence[Any], options: Options, who: str = "shards"
+) -> list[dict[str, str]]:
     """Wait for actors to start, logging how many are missing; return their facts.
+
+    Args:
+        actors: are waited for.
+        options: what they ask of Ray.
+        who: they are.
 
     Raises:
         InsufficientResources: not all started in time.
@@ -62,7 +69,7 @@ def await_start(actors: Sequence[Any], options: Options) -> list[dict[str, str]]
         if waiting and time.monotonic() >= deadline:
             free = {k: v for k, v in ray.available_resources().items() if not k.startswith("node:")}
             raise InsufficientResources(
-                f"{len(waiting)} of {len(actors)} shards did not start in {timeout_s:g} s; each "
+                f"{_of(waiting, actors, who)} did not start in {timeout_s:g} s; each "
                 f"asks CPU {options.shard_cpus:g},"
                 f" memory {options.shard_memory_bytes} and {dict(options.shard_resources)}, free "
                 f"in the cluster: {free}; where that is"
@@ -70,8 +77,12 @@ def await_start(actors: Sequence[Any], options: Options) -> list[dict[str, str]]
                 "/tmp/ray/session_latest/logs there, say why"
             )
         if waiting and not ready:
-            log.warning("waiting for %d of %d shards to start", len(waiting), len(actors))
+            log.warning("waiting for %s to start", _of(waiting, actors, who))
     return [facts[index] for index in sorted(facts)]
+
+
+def _of(waiting: Collection[int], actors: Sequence[Any], who: str) -> str:
+    return who if len(actors) == 1 else f"{len(waiting)} of {len(actors)} {who}"
 
 
 def node_facts() -> dict[str, str]:
