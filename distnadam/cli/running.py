@@ -19,7 +19,7 @@ from distnadam.errors import ConfigError
 from distnadam.optimizer import DistNadam
 from distnadam.places import shown
 from distnadam.training import panel
-from distnadam.training.run_seen import RunSeen
+from distnadam.training.observed_run import ObservedRun
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _RATE_S = 1.0
@@ -67,7 +67,7 @@ def status(name: str, address: str | None, *, watch: bool, every: float, as_json
             plain_console().print(render(next(reports)))
         else:
             with Live(console=plain_console(soft_wrap=False), auto_refresh=False) as live:
-                seen = RunSeen(name)
+                seen = ObservedRun(name)
                 for report in reports:
                     shown_now = panel.render(seen.view(report))
                     live.update(panel.above_a_free_line(shown_now), refresh=True)

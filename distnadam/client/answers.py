@@ -10,7 +10,7 @@ from distnadam.backends.base import Pending
 from distnadam.errors import ShardsDisagree
 from distnadam.protocol.messages import RoundResult
 
-place_of = attrgetter("round", "outcome", "lr", "buffer", "revision")
+common_of = attrgetter("round", "outcome", "lr", "buffer", "revision")
 """Returns what of a `RoundResult` must be the same on all shards."""
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from distnadam.backends.base import Pending, WorkerChannel
-from distnadam.client.answers import late_answers, place_of, shards_disagree
+from distnadam.client.answers import common_of, late_answers, shards_disagree
 from distnadam.client.in_flight_push import REFUSED, InFlightPush, refusal_of
 from distnadam.client.push_ahead import PushAhead
 from distnadam.client.rank_claim import RankClaim
@@ -342,7 +342,7 @@ class WorkerSession:
         """
         first = answers[0]
         for index, other in answers.items():
-            if other is not first and place_of(other) != place_of(first):
+            if other is not first and common_of(other) != common_of(first):
                 raise shards_disagree(first, index, other)
         rewound = max([answer.rewound for answer in answers.values()])
         if rewound != self.rewinds.known:

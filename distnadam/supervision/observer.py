@@ -80,7 +80,7 @@ class Observer:
             cannot_complete=cluster.cannot_complete or uneven or empty,
             members=members,
             asking=frozenset(cluster.live_owners) - members,
-            source=self._restore_points.present,
+            has_restore_point=self._restore_points.present,
             changed=self._restore_points.changed or changed,
             given_up=frozenset.intersection(*given_up) if given_up else frozenset(),
             highest_round=cluster.highest_round,

@@ -94,7 +94,7 @@ class Observation:
             complete the earlier one.
         members: ranks that coming rounds need.
         asking: ranks that have a worker, perhaps for the first time, and want to be members.
-        source: whether there is a checkpoint, or `build`'s parameters, to go back to.
+        has_restore_point: whether there is a checkpoint, or `build`'s parameters, to go back to.
         changed: what was replaced from outside since then, which going back would lose; None:
             nothing.
         given_up: ranks whose waiters got WorkerLost.
@@ -112,7 +112,7 @@ class Observation:
     cannot_complete: bool = False
     members: frozenset[int] = frozenset()
     asking: frozenset[int] = frozenset()
-    source: bool = True
+    has_restore_point: bool = True
     changed: str | None = None
     given_up: frozenset[int] = frozenset()
     highest_round: int = 0
@@ -279,7 +279,7 @@ def _undo(seen: Observation, behind: tuple[int, ...], what: str) -> list[Decisio
 def _rewind(
     seen: Observation, gone: tuple[int, ...], why: str, changed: str | None
 ) -> list[Decision]:
-    if not seen.source:
+    if not seen.has_restore_point:
         return [
             Fail(
                 f"{why}, and there is no checkpoint to go back to: save, set "

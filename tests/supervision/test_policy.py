@@ -187,7 +187,7 @@ TABLE: list[tuple[str, Observation, Rules, list[type]]] = [
     ("no standby", Observation(shards=[dead(), alive()]), WAITS, [Rewind]),
     (
         "no standby, nothing to go back to",
-        Observation(shards=[dead(), alive()], source=False),
+        Observation(shards=[dead(), alive()], has_restore_point=False),
         WAITS,
         [Fail],
     ),
@@ -361,7 +361,7 @@ TABLE: list[tuple[str, Observation, Rules, list[type]]] = [
     ),
     (
         "a shard died just now, with nothing to go back to",
-        Observation(shards=[dead(fenced=False)], source=False),
+        Observation(shards=[dead(fenced=False)], has_restore_point=False),
         WAITS,
         [Fence],
     ),
@@ -472,7 +472,7 @@ def test_what_is_seen_leads_to_what_the_table_says(
 
 
 def test_a_failure_says_what_would_have_helped() -> None:
-    (none,) = decide(Observation(shards=[dead()], source=False), WAITS)
+    (none,) = decide(Observation(shards=[dead()], has_restore_point=False), WAITS)
     assert (
         isinstance(none, Fail)
         and "there is no checkpoint to go back to: save, set Options(checkpoint_dir=...)"
@@ -521,7 +521,7 @@ SEEN = st.builds(
     cannot_complete=st.booleans(),
     members=RANKS,
     asking=RANKS,
-    source=st.booleans(),
+    has_restore_point=st.booleans(),
     changed=st.none() | st.just("changed"),
     given_up=RANKS,
     highest_round=st.integers(0, 6),
@@ -548,7 +548,7 @@ def test_whatever_is_seen_nothing_is_decided_that_loses_a_bit(
             rounds = [shard.round if shard.alive else shard.standby for shard in seen.shards]
             assert None not in rounds and max(rounds) - min(rounds) <= 1  # type: ignore[type-var, operator]
         if isinstance(decision, Rewind):
-            assert seen.source and decision.shards == gone and fenced
+            assert seen.has_restore_point and decision.shards == gone and fenced
             assert seen.changed is None or (
                 not gone and len({(shard.epoch, shard.revision) for shard in seen.shards}) > 1
             )

@@ -1,4 +1,6 @@
-"""A run that goes on elsewhere, as its shards tell of it, and its files, where they can be seen."""
+"""A run that goes on elsewhere, as its shards tell of it, and its files, where they can be seen;
+for the panel that `status --watch` shows.
+"""
 
 import os
 from contextlib import suppress
@@ -15,7 +17,7 @@ _LARGEST_BYTES = 64 << 20
 """Of a metrics file that is read again at each look."""
 
 
-class RunSeen:
+class ObservedRun:
     """What a panel shows of a running optimizer.
 
     Args:
