@@ -158,7 +158,21 @@ def _show(found: dict[str, Any]) -> None:
 
 def _said(value: Any) -> str:
     """Return a setting's value in words: a text without quotes, a group or schedule as written."""
+    value = _without_elements(value)
     return value if isinstance(value, str) else in_words(value)
+
+
+def _without_elements(value: Any) -> Any:
+    """Return plain data with each array's type and shape in its place."""
+    match value:
+        case {"$array": [str(kind), list(shape), _]}:
+            return f"{kind.lstrip('<|=')} {tuple(shape)}"
+        case dict():
+            return {key: _without_elements(each) for key, each in value.items()}
+        case list():
+            return [_without_elements(each) for each in value]
+        case _:
+            return value
 
 
 def _show_difference(found: CheckpointDiff) -> None:

@@ -136,10 +136,11 @@ def plan(
     measured = "a typical host" if constants is None else constants
     console = plain_console()
     console.print(
-        f"{fastest.workers} workers on {fastest.hosts} host(s), {fastest.num_shards} shard(s), "
+        f"{fastest.workers} worker(s) on {fastest.hosts} host(s), {fastest.num_shards} shard(s), "
         f"sum_group={fastest.sum_group}; constants of {measured}"
     )
-    console.print(_step_table(time), _traffic_table(fastest, known), _node_table(fastest))
+    traffic = _traffic_table(fastest, known)
+    console.print(_step_table(time), *([traffic] if traffic.rows else []), _node_table(fastest))
     longest = time.longest
     console.print(
         f"a step takes {1e3 * time.seconds:.2f} ms; longest is {longest.name}, bound by "

@@ -279,6 +279,16 @@ def test_inspect_verify_and_plot_read_a_run(tmp_path: Path) -> None:
     assert call("inspect", tmp_path / "nothing").exit_code == 1
 
 
+def test_inspect_shows_arrays_in_data_by_type_and_shape(tmp_path: Path) -> None:
+    with DistNadam(backend="local").build({"w": np.ones(3, np.float32)}) as optimizer:
+        data = {"mean": np.ones((16, 2), np.float32), "words": ["kept"]}
+        optimizer.save(tmp_path, data={"task_state": data})
+    output = " ".join(call("inspect", tmp_path).output.split())
+    assert "'mean': 'f4 (16, 2)'" in output, output
+    assert "kept" in output
+    assert "$array" not in output
+
+
 def test_inspect_tells_everything_and_the_state_of_each_files_checksums(tmp_path: Path) -> None:
     assert call(*TRAIN, "--steps", 5, "--checkpoint-dir", tmp_path).exit_code == 0
     shown = json.loads(call("inspect", tmp_path, "--json").output)

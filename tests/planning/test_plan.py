@@ -150,7 +150,7 @@ def test_a_simulation_can_be_repeated_and_losses_cost_time() -> None:
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ("--parameters 1e8 --hosts 8 --workers-per-host 2 --link 10Gbit", "16 workers on 8 host"),
+        ("--parameters 1e8 --hosts 8 --workers-per-host 2 --link 10Gbit", "16 worker(s) on 8 host"),
         ("--parameters 1e4", "longest is turn, bound by delay"),
         ("--parameters 1e8 --hosts 2 --link 1Gbit/s", "bound by cable"),
         ("--parameters 1e8 --hosts 2 --workers-per-host 4 --link 1Gbit/s", "sum_group=4"),
@@ -161,6 +161,7 @@ def test_plan_says_what_bounds_a_step(asked: str, said: str) -> None:
     done = CliRunner().invoke(main, ["plan", *asked.split()])
     assert done.exit_code == 0, done.output
     assert said in done.output
+    assert ("MB of a step" in done.output) == ("--hosts" in asked), "one host sends to nobody"
 
 
 def test_plan_prints_one_record_and_takes_constants_from_a_file(tmp_path: Path) -> None:
