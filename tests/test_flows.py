@@ -24,6 +24,7 @@ from distnadam.config import Options
 from distnadam.hyperparameters import NadamConfig
 from distnadam.worker import Worker
 from tests.simulation.backend import WorldBackend, begin_world
+from tests.test_architecture import PURE
 
 PACKAGE = Path(__file__).parent.parent / "distnadam"
 DOCUMENT = (PACKAGE / "ARCHITECTURE.md").read_text()
@@ -159,8 +160,16 @@ def test_the_tree_names_every_folder_and_module_at_top_level() -> None:
         for path in PACKAGE.iterdir()
         if (path.is_dir() and path.name != "__pycache__") or path.suffix == ".py"
     }
-    named = set(re.findall(r"[\w.]+/|\w+\.py", section("The tree")))
+    rows = "".join(re.findall(r"^\|.*", section("The tree"), re.M))
+    named = set(re.findall(r"[\w.]+/|\w+\.py", rows))
     assert there - named == set()
+    assert {name for name in named if not any(PACKAGE.rglob(name.rstrip("/")))} == set()
+
+
+def test_the_tree_calls_pure_what_is_held_to_be() -> None:
+    rows = re.findall(r"^\| (.+?) \| \*pure\*", section("The tree"), re.M)
+    said = {name for row in rows for name in re.findall(r"`(\w+)", row)}
+    assert said == {name for name in PURE if "/" not in name}
 
 
 def test_the_glossary_has_about_two_dozen_words() -> None:
