@@ -6,6 +6,7 @@ as long as it lives. A run that finds another's lease file watches it: one that 
 live run, one that stays unchanged for `LEASE_S` to a dead run, and is removed.
 """
 
+import fcntl
 import logging
 import os
 import socket
@@ -13,6 +14,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from contextlib import suppress
+from pathlib import Path
 from typing import Self
 
 from typing_extensions import override
@@ -26,6 +28,9 @@ log = logging.getLogger("distnadam")
 
 LEASE_S = 20.0
 """Seconds a lease file stays unchanged before its run counts as dead."""
+_LOCK = ".lock"
+_LOOKED_AT_S = (0.01, 0.1)
+"""Waits before a lock counts as another run's: `is_held` holds it, too, for a moment."""
 _PREFIX = ".run-"
 _STARTING, _RUNNING = "starting", "running"
 
@@ -57,6 +62,26 @@ def make_run_lock(directory: Directory) -> RunLock:
     return LeaseFile(directory)
 
 
+def is_held(directory: Path) -> bool | None:
+    """Whether a run writes to a local directory; None if nothing there tells.
+
+    The lock of a run of another host is seen where both hosts' file system says so.
+    """
+    try:
+        descriptor = os.open(directory / _LOCK, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return None
+    finally:
+        os.close(descriptor)
+    return False
+
+
 class DirectoryLock(RunLock):
     """A `flock` on a file in a local directory, which ends with this process.
 
@@ -66,7 +91,7 @@ class DirectoryLock(RunLock):
 
     def __init__(self, directory: LocalDirectory) -> None:
         super().__init__(directory)
-        self._path = directory.path / ".lock"
+        self._path = directory.path / _LOCK
         self._descriptor: int | None = None
 
     def __enter__(self) -> Self:
@@ -75,7 +100,7 @@ class DirectoryLock(RunLock):
             root.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                if not lock(descriptor, root):
+                if not self._lock(descriptor):
                     holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
                     raise CheckpointBusy(
                         f"{root}: another run writes here (process {holder}); choose another "
@@ -88,6 +113,13 @@ class DirectoryLock(RunLock):
                 raise
         self._descriptor = descriptor
         return self
+
+    def _lock(self, descriptor: int) -> bool:
+        for seconds in _LOOKED_AT_S:
+            if lock(descriptor, self._path.parent):
+                return True
+            time.sleep(seconds)
+        return lock(descriptor, self._path.parent)
 
     def __exit__(self, *exc: object) -> None:
         if self._descriptor is not None:

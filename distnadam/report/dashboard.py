@@ -126,7 +126,7 @@ class _Server(ThreadingHTTPServer):
         with self._lock:
             began = time.monotonic()
             if began >= self._next:
-                runs = [read_run(self.directory, verify=False, is_running=True)]
+                runs = [read_run(self.directory, verify=False)]
                 now = time.monotonic()
                 every_s = max(_EVERY_S, _SHARE * (now - began))
                 self._data, self._next = {"runs": runs, "every_s": every_s}, now + every_s / 2

@@ -6,12 +6,14 @@ spike is lost; phases are means over stretches.
 
 import math
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from distnadam.checkpoint import store
+from distnadam.checkpoint.run_lock import is_held
 from distnadam.checkpoint.storage.resolve import open_directory
 from distnadam.errors import CheckpointError, TrainingError
 from distnadam.training.metrics_file import StepTimes, read_evaluations, read_steps
@@ -26,13 +28,12 @@ Run = dict[str, Any]
 """One run, as plain data that JSON can hold."""
 
 
-def read_run(directory: Path, *, verify: bool = True, is_running: bool = False) -> Run:
+def read_run(directory: Path, *, verify: bool = True) -> Run:
     """Return a run's record.
 
     Args:
         directory: the run's, with its metrics.csv.
         verify: whether every byte of its checkpoints is read, for their verdict.
-        is_running: whether it is known to go on, which its files do not tell.
 
     Raises:
         TrainingError: the directory holds no run.
@@ -45,7 +46,6 @@ def read_run(directory: Path, *, verify: bool = True, is_running: bool = False) 
     end = _last(events, "end")
     began = max((i for i, each in enumerate(events) if each["event"] == "start"), default=0)
     is_over = end is not None and end in events[began:]
-    unknown = "running" if is_running else "running, or killed"
     known = [second for second in steps.seconds if math.isfinite(second)]
     return {
         "name": directory.resolve().name,
@@ -53,7 +53,7 @@ def read_run(directory: Path, *, verify: bool = True, is_running: bool = False) 
         "task": start.get("task", "") if start else "",
         "command": start.get("command", []) if start else [],
         "started": events[0].get("time") if start else None,
-        "outcome": end["outcome"] if end and is_over else unknown,
+        "outcome": end["outcome"] if end and is_over else _without_end(directory, start),
         "steps": (start or {}).get("configuration", {}).get("steps"),
         "reached": steps.steps[-1] if steps.steps else 0,
         "seconds": known[-1] if known else None,
@@ -67,6 +67,17 @@ def read_run(directory: Path, *, verify: bool = True, is_running: bool = False) 
         "hosts": _last(events, "hosts"),
         "configuration": _configuration(start),
     }
+
+
+def _without_end(directory: Path, start: Mapping[str, Any] | None) -> str:
+    """Return what became of a run that has not recorded its end, as its lock tells."""
+    held, host = is_held(directory), (start or {}).get("host")
+    if held:
+        return "running"
+    if held is None or host is None:
+        return "running, or killed"
+    # between hosts, not every file system shows locks
+    return "killed" if host == socket.gethostname() else f"running on {host}, or killed"
 
 
 def _of_this_run(events: list[dict[str, Any]]) -> list[dict[str, Any]]:

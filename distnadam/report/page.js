@@ -255,10 +255,14 @@ function hostRows({ run, index }) {
   }));
 }
 
+function hasDied(run) {
+  return /^(failed|killed)/.test(run.outcome);
+}
+
 function drawTables() {
-  table("recoveries", [["run"], ["step", "number"], ["what"]],
+  table("recoveries", [["run"], ["after step", "number"], ["what"]],
     shown().flatMap(({ run, index }) => faults(run).map((each) => ({ cells: [mark(index), each.step, inWords(each)] }))),
-    "None: nothing died or failed.");
+    shown().some(({ run }) => hasDied(run)) ? "None that a run went on from." : "None: nothing died or failed.");
   const verdict = (text) => element("span", text, { class: { verified: "good", complete: "" }[text] ?? "bad" });
   table("checkpoints", [["run"], ["step", "number"], ["size", "number"], ["verdict"]],
     shown().flatMap(({ run, index }) => run.checkpoints.filter((each) => each.verdict !== "removed").map((each) => ({ cells: [mark(index), each.step, size(each.bytes), verdict(each.verdict)] }))),
@@ -309,7 +313,7 @@ function drawOverview() {
     const list = element("dl");
     const rate = run.time.steps_per_s.length ? 1000 / PHASES.reduce((sum, phase) => sum + run.time.mean[phase], 0) : null;
     const rows = [
-      ["outcome", run.outcome, good ? "good" : run.outcome.startsWith("failed") ? "bad" : ""],
+      ["outcome", run.outcome, good ? "good" : hasDied(run) ? "bad" : ""],
       ["steps", run.steps ? `${number(run.reached, 9)} of ${number(run.steps, 9)}` : number(run.reached, 9)],
       ["loss, smoothed", number(run.loss.last)],
       ...Object.entries(run.metrics).map(([name, curve]) => [name, number(curve.y[curve.y.length - 1])]),

@@ -61,12 +61,14 @@ class MetricsFile(Callback):
             return
         rows, elapsed, rate, seen = list[str](), self._elapsed(), math.nan, ""
         whose: tuple[int, ...] | None = None
+        waited, applied, between = math.nan, math.nan, ""
         for step, loss, lr, ranks, (compute, push, wait, apply, pull), _, _ in records:
             if lr != rate or ranks != whose:  # seldom
                 rate, whose, seen = lr, ranks, f"{lr!r},{elapsed},{in_words(ranks)}"
+            if apply != applied or wait != waited:  # where there are several ranks
+                waited, applied, between = wait, apply, f"{wait:.7f},{apply:.7f}"
             rows.append(
-                f"{step},loss,{loss!r},{seen},{compute:.7f},{push:.7f},{wait:.7f},{apply:.7f},"
-                f"{pull:.7f}\r\n"
+                f"{step},loss,{loss!r},{seen},{compute:.7f},{push:.7f},{between},{pull:.7f}\r\n"
             )
         with self._write_errors():
             self._file.write("".join(rows))

@@ -5,11 +5,12 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
+from rich.segment import Segment
 from rich.spinner import Spinner
-from rich.table import Table
+from rich.style import Style
 from rich.text import Text
 
 from distnadam.client.status import Status
@@ -26,6 +27,9 @@ _COLOURS = {
 }
 _BAR_WIDTH = 16
 _LABEL_WIDTH = len("waits for")
+_LABEL_STYLE = Style.parse("bright_black")
+_GAP = 2
+"""Cells between two columns."""
 _HERE = "this process"
 _KEEP = 0.8
 """Of the mean of phases, at each step that is looked at."""
@@ -135,35 +139,60 @@ class RunView:
 
 def render(view: RunView) -> RenderableType:
     """Return the panel."""
-    rows = Table.grid(padding=(0, 2))
-    rows.add_column(style="bright_black", no_wrap=True, min_width=_LABEL_WIDTH)
-    rows.add_column(overflow="fold")
-    for label, text in _rows(view):
-        rows.add_row(label, text)
-    body: list[RenderableType] = [rows]
+    body: list[RenderableType] = []
     if view.phase is not None:
         waited = f"  {time.monotonic() - view.since:.0f} s"
-        body.insert(0, Spinner("dots", Text.assemble(view.phase, (waited, "bright_black"))))
+        body.append(Spinner("dots", Text.assemble(view.phase, (waited, "bright_black"))))
     elif view.steps:
-        body.insert(0, _progress(view))
+        body.append(_Progress(view))
+    body.append(_Rows(view))
     return Panel(Group(*body), title=Text(view.name), title_align="left", border_style="blue")
 
 
-def _progress(view: RunView) -> RenderableType:
-    assert view.steps is not None
-    left = ""
-    if view.steps_per_s > 0 and view.step < view.steps:
-        left = f"{duration((view.steps - view.step) / view.steps_per_s)} left"
-    line = Table.grid(padding=(0, 2), expand=True)
-    line.add_column(ratio=1)
-    line.add_column(no_wrap=True)
-    line.add_column(no_wrap=True, justify="right", style="bright_black")
-    done = f"{view.step:,}/{view.steps:,}  {100 * min(view.step, view.steps) // view.steps}%"
-    bar = ProgressBar(
-        total=view.steps, completed=view.step, complete_style="blue", finished_style="green"
-    )
-    line.add_row(bar, done, left)
-    return line
+class _Rows:
+    """What is known, as a table of two columns: a rich one measures both, which costs a run more
+    than all else that is drawn.
+    """
+
+    def __init__(self, view: RunView) -> None:
+        self._view = view
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = max(1, options.max_width - _LABEL_WIDTH - _GAP)
+        for label, text in _rows(self._view):
+            for line in text.split() if "\n" in text.plain else [text]:
+                parts = [line] if line.cell_len <= width else line.wrap(console, width)
+                for part in parts:
+                    yield Segment(label.ljust(_LABEL_WIDTH + _GAP), _LABEL_STYLE)
+                    yield from part.render(console)
+                    yield Segment.line()
+                    label = ""
+
+
+class _Progress:
+    """A bar that takes what the words behind it leave of the line."""
+
+    def __init__(self, view: RunView) -> None:
+        self._view = view
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        step, steps, speed = self._view.step, self._view.steps, self._view.steps_per_s
+        assert steps is not None
+        done = f"{'':{_GAP}}{step:,}/{steps:,}  {100 * min(step, steps) // steps}%"
+        left = ""
+        if speed > 0 and step < steps:
+            left = f"{'':{_GAP}}{duration((steps - step) / speed)} left"
+        if len(done) + len(left) > options.max_width:
+            left = ""
+        bar = ProgressBar(
+            total=steps, completed=step, complete_style="blue", finished_style="green"
+        )
+        width = max(0, options.max_width - len(done) - len(left))
+        drawn = list(console.render(bar, options.update_width(width)))
+        yield from Segment.adjust_line_length(drawn, width)
+        yield Segment(done)
+        yield Segment(left, _LABEL_STYLE)
+        yield Segment.line()
 
 
 def above_a_free_line(panel: RenderableType) -> RenderableType:

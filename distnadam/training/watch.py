@@ -14,9 +14,10 @@ from distnadam.errors import DistNadamError
 from distnadam.training.callbacks import Callback
 
 _SHARE = 500
-_AT_MOST_EVERY_S = 0.2
+_AT_MOST_EVERY_S = 1.0
+"""As often as the panel is drawn."""
 _FEW_ROUNDS = 20
-"""Whose mean says little: the first steps are slow. Until a look is of more, the next is soon."""
+"""The first ones, which are slow: until as many are seen, each segment is looked at."""
 
 
 class Watch:
@@ -39,7 +40,7 @@ class Watch:
         self._running: RunningOptimizer | None = None
         self._seen: Status | None = None
         self._next = 0.0
-        self._rounds = 0  # between the last two looks
+        self._rounds = 0  # seen so far
 
     def look(self, step: int) -> None:
         """Look, if it is time for it, between two segments; a shard that is silent is no error."""
@@ -64,7 +65,7 @@ class Watch:
                 ]
                 # a process that is new since then has a count of its own
                 self.apply_s = max([0.0, *spent]) / rounds
-                self._rounds = rounds
+                self._rounds += rounds
             if status.recoveries > before.recoveries:
                 what = "all shards went back" if status.is_rewound else "a standby took over"
                 self._callbacks.on_recovery(step, "shards", what)

@@ -1,5 +1,6 @@
 """One run at a time writes to a directory, local or remote, while runs live, die and wake up."""
 
+import fcntl
 import os
 import resource
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from distnadam.checkpoint.run_lock import LeaseFile, make_run_lock
+from distnadam.checkpoint.run_lock import LeaseFile, is_held, make_run_lock
 from distnadam.checkpoint.storage.base import Directory
 from distnadam.checkpoint.storage.local import lock
 from distnadam.checkpoint.storage.resolve import open_directory
@@ -54,6 +55,20 @@ def test_a_lock_that_was_removed_is_taken_anew_unless_another_run_has_it(tmp_pat
         first.check()
         with pytest.raises(CheckpointBusy), make_run_lock(place):
             pass
+
+
+def test_whether_a_run_holds_a_directory_is_seen_and_the_look_keeps_no_run_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert is_held(tmp_path) is None
+    with make_run_lock(open_directory(tmp_path)):
+        assert is_held(tmp_path) is True
+    assert is_held(tmp_path) is False
+    look = os.open(tmp_path / ".lock", os.O_RDONLY)
+    fcntl.flock(look, fcntl.LOCK_SH)
+    monkeypatch.setattr("distnadam.checkpoint.run_lock.time.sleep", lambda _: os.close(look))
+    with make_run_lock(open_directory(tmp_path)):
+        assert is_held(tmp_path) is True
 
 
 def test_a_directory_on_a_full_disk_is_refused_by_name(

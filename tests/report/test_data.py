@@ -2,17 +2,24 @@
 
 import json
 import math
+import os
 import re
+import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from typing_extensions import override
 
 from distnadam.cli import main
 from distnadam.errors import TrainingError
 from distnadam.report.data import read_run
 from distnadam.report.page import as_script
+from distnadam.training.callbacks import Callback
 from distnadam.training.metrics_file import COLUMNS, MetricsFile
 from distnadam.training.steps import Phases, StepRecord
 from tests.training.test_fit import Quadratic, train
@@ -81,6 +88,41 @@ def test_long_curves_keep_their_spikes(tmp_path: Path) -> None:
     assert run["outcome"] == "running, or killed", "there is no events.jsonl"
     assert run["time"]["steps_per_s"] == pytest.approx([500.0] * len(run["time"]["x"]))
     assert len(run["time"]["x"]) <= 151
+
+
+class Killed(Quadratic):
+    """Its process dies in the sixth step."""
+
+    def batch(self, step: int, rank: int, world_size: int) -> int:
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().batch(step, rank, world_size)
+
+
+def test_of_a_run_without_an_end_its_lock_tells_whether_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    class Look(Callback):
+        @override
+        def on_step(self, step: int, loss: float) -> None:
+            seen.append(read_run(tmp_path)["outcome"])
+
+    train(tmp_path, 2, callbacks=[Look()])
+    assert seen == ["running", "running"]
+    code = (
+        "from pathlib import Path; from tests.training.test_fit import train; "
+        "from tests.report.test_data import Killed; train(Path(), 10, Killed(), num_workers=1)"
+    )
+    died = tmp_path / "died"
+    died.mkdir()
+    command = [sys.executable, "-c", code]
+    where = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    assert subprocess.run(command, cwd=died, env=where).returncode == -signal.SIGKILL
+    assert read_run(died)["outcome"] == "killed"
+    monkeypatch.setattr(socket, "gethostname", lambda: "another")
+    assert re.fullmatch(r"running on \S+, or killed", read_run(died)["outcome"])
 
 
 def test_an_evaluated_loss_is_not_a_steps(tmp_path: Path) -> None:

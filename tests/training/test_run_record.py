@@ -45,8 +45,8 @@ def test_the_phases_of_a_step_say_who_waits_for_whom(tmp_path: Path, backend: st
     assert all(each >= 0 for phases in late for each in phases)
     assert mean.compute >= SLOW_S / 2, "the mean of a rank that sleeps and one that does not"
     assert mean.wait >= 0.3 * SLOW_S, "rank 0 waits for rank 1, which waits for nobody"
-    assert 0 < mean.apply < SLOW_S
-    assert mean.total == pytest.approx(SLOW_S, rel=0.9)
+    assert 0 < mean.apply < mean.total
+    assert SLOW_S / 2 <= mean.total <= history.step_seconds / len(late)
     read = read_steps(tmp_path / "metrics.csv")
     assert read.steps == history.steps
     assert read.losses == history.losses
