@@ -35,6 +35,7 @@ from distnadam.protocol.messages import (
     Step,
 )
 from distnadam.protocol.supervisor_messages import Order, ShardControlState
+from distnadam.runtime.alone_ahead import RoundsAlone
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.shard.phases import Phase
 from distnadam.shield import await_unlocked, raise_interrupt, shield
@@ -74,6 +75,7 @@ class LocalTransport(ShardTransport):
 
     def __init__(self) -> None:
         self.hosts: list[ShardHost] = []
+        self.rounds: list[RoundsAlone] = []
         self.specs: list[ShardSpec] = []
         self._cuts: list[Ranges] = []
         self.memory = ParameterMemory({})
@@ -101,6 +103,7 @@ class LocalTransport(ShardTransport):
         self.specs = list(specs)
         self._cuts = [spec.ranges for spec in specs]
         self.hosts = [process.handle for process in shards]
+        self.rounds = [RoundsAlone(host) for host in self.hosts]
         self._version += 1
 
     @property
@@ -135,7 +138,9 @@ class LocalTransport(ShardTransport):
     @override
     def share_parameters(self) -> Sequence[Array]:
         states = [host.shard.state for host in self.hosts]
-        with self._opening:
+        with self._opening:  # so that nobody steps meanwhile
+            for rounds in self.rounds:
+                rounds.stop()
             if self._has_channels or self.memory.read is None or any(s.masters for s in states):
                 return []
             self.memory.share(states[0].active)
@@ -146,7 +151,8 @@ class LocalTransport(ShardTransport):
 
     @override
     def move_parameters(self) -> None:
-        for host in self.hosts:
+        for host, rounds in zip(self.hosts, self.rounds, strict=True):
+            rounds.stop()
             with host.lock:
                 host.shard.state.move()
 
@@ -176,7 +182,7 @@ class LocalTransport(ShardTransport):
             memory.inside.add(token)
             if memory.forks != memory.settled:
                 memory.settle(token)
-            return self.hosts[0].step_at_once(step)
+            return self.rounds[0].step_at_once(step)
         finally:
             memory.inside.discard(token)
 

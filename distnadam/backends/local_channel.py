@@ -14,6 +14,7 @@ from distnadam.errors import Reconfigured
 from distnadam.protocol.messages import Message, Pull, Push, RoundResult, Step, TotalNorms
 from distnadam.protocol.round_settings import RoundSettings
 from distnadam.protocol.supervisor_messages import Order
+from distnadam.runtime.alone_ahead import RoundsAlone
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.shield import get_or_interrupt
 from distnadam.tensors.arrays import Flat, empty_flat
@@ -22,9 +23,12 @@ from distnadam.transport.parameter_memory import ParameterMemory
 
 
 class Hosts(Protocol):
-    """The shards' hosts of now, and the parameters that they write."""
+    """The shards' hosts of now, with what steps their rounds at once, and the parameters that they
+    write.
+    """
 
     hosts: list[ShardHost]
+    rounds: list[RoundsAlone]
     memory: ParameterMemory
 
 
@@ -39,7 +43,7 @@ class LocalPending(Pending):
     """The answers of hosts of this process to messages, which get there when it is made."""
 
     def __init__(self, shards: Hosts, messages: Mapping[int, Message | Order]) -> None:
-        hosts = shards.hosts
+        hosts, rounds = shards.hosts, shards.rounds
         if any(index >= len(hosts) for index in messages):
             raise Reconfigured(f"there are {len(hosts)} shards now; look again")
         self._count = len(messages)
@@ -54,7 +58,7 @@ class LocalPending(Pending):
             for index, message in messages.items():
                 if keep is None and isinstance(message, (Push, Step)):
                     try:
-                        result = hosts[index].step_at_once(message)
+                        result = rounds[index].step_at_once(message)
                     except Exception as error:
                         arrived((index, error))
                         continue
@@ -116,16 +120,16 @@ class LocalWorkerChannel(WorkerChannel):
         parts: Sequence[Flat],
         settings: RoundSettings,
     ) -> RoundResult | None:
-        hosts, memory = self._shards.hosts, self._shards.memory
-        if memory.read is None or len(hosts) != len(parts):
+        rounds, memory = self._shards.rounds, self._shards.memory
+        if memory.read is None or len(rounds) != len(parts):
             return None
         first: RoundResult | None = None
         try:
             memory.inside.add(self)
             if memory.forks != memory.settled:
                 memory.settle(self)
-            for host, part in zip(hosts, parts, strict=True):
-                found = host.step_at_once(
+            for each, part in zip(rounds, parts, strict=True):
+                found = each.step_at_once(
                     Push(
                         epoch=epoch,
                         rank=rank,

@@ -230,13 +230,17 @@ class ShardHost:
         """Return what takes the rounds from the next on, while each is of pushes like these, which
         made up the last and came in frames of these numbers; None if they must be taken singly.
         """
+        return self.go_ahead_by(rounds_ahead, numbers, pushes)
+
+    def go_ahead_by(self, prepare: Callable[..., _T | None], *last: Any) -> _T | None:
+        """Return what `prepare` makes of what made up the `last` round; None as `go_ahead`."""
         with self.lock:
             self._outbox.settle()
             if self._is_closed or not self.files.snapshots.copied.is_set():
                 return None
             parts = self.shard, self._outbox, self._kernel, self._replicator
             fail = partial(self._fail, Work.STEP, run_work=self._run_work)
-            return rounds_ahead(*parts, numbers, pushes, self._stepped, fail)
+            return prepare(*parts, *last, self._stepped, fail)
 
     def resume(self) -> None:
         """Send the effects that could not leave before."""

@@ -26,13 +26,19 @@ class StepsAhead:
 
     Args:
         steps: for each buffer that a step may begin at, each space's with its stepper and shares.
+        follows: for each of these, the buffer that the next step begins at.
     """
 
-    def __init__(self, steps: Sequence[Sequence[tuple[Stepper, RangeStep, Shares]]]) -> None:
+    def __init__(
+        self,
+        steps: Sequence[Sequence[tuple[Stepper, RangeStep, Shares]]],
+        follows: tuple[int, int],
+    ) -> None:
         self._steps = steps
+        self.follows = follows
 
     def step(self, active: int, scalars: StepScalars) -> None:
-        """Step from one buffer to the other."""
+        """Step from one buffer to that which follows."""
         for stepper, step, shares in self._steps[active]:
             step.scalars = scalars
             stepper.step(step, shares)
@@ -127,10 +133,12 @@ class ShardKernel:
             self._copy_others(shard.state, arranged.stepped, in_place=in_place)
         return scalars.after, scalars.lr
 
-    def steps_ahead(self, shard: Shard, pushes: Sequence[Push]) -> "StepsAhead | None":
+    def steps_ahead(
+        self, shard: Shard, pushes: Sequence[Push], *, in_place: bool = False
+    ) -> "StepsAhead | None":
         """Return the steps of the rounds from the next on, as long as each is ordinary and these
         pushes' gradients lie where they are; None if such rounds are not stepped from one
-        buffer to the other alone.
+        buffer to the other alone, or, if they are `in_place`, in one.
         """
         arranged, config, state = self._ordinary, shard.config, shard.state
         if (
@@ -161,8 +169,9 @@ class ShardKernel:
                     )
                     for space, slots in by_space.items()
                 ]
-                for by_space in self._slots
-            ]
+                for by_space in (self._in_place if in_place else self._slots)
+            ],
+            follows=(0, 1) if in_place else (1, 0),
         )
 
     def _arrangement(self, shard: Shard) -> Arrangement:

@@ -44,7 +44,8 @@ class Ledger:
 
     def count(self, rank: int, incarnation: int, decided: int, rounds: int = 1) -> None:
         """Enter that a rank's push was counted in the round `decided`, which is later than any
-        before; or a worker's pushes in so many rounds, of which that is the last.
+        before; or a worker's pushes, or one handle's steps, in so many rounds, of which that is the
+        last.
         """
         runs = self._runs.setdefault(rank, [])
         first, began, last = runs[-1] if runs else (0, 0, 0)
@@ -52,7 +53,8 @@ class Ledger:
         if runs and last == decided - rounds and following == incarnation:
             runs[-1][2] = decided
         else:
-            runs.append([incarnation, decided - rounds + 1, decided])
+            before = rounds - 1 if rank == DIRECT else 0
+            runs.append([incarnation - before, decided - rounds + 1, decided])
 
     def counted(self, rank: int, incarnation: int, decided: int) -> bool:
         """Whether the push of (rank, incarnation) for that round was counted."""

@@ -109,14 +109,42 @@ def end(shard: Shard, clock: Clock, lr: float, *, replicates: bool) -> list[Effe
     return [Replicate(shard.progress.record(counted))] if replicates else []
 
 
-def may_go_ahead(shard: Shard, pushes: Sequence[msg.Push]) -> bool:
+def continues(last: msg.Push | msg.Step, message: msg.Push | msg.Step) -> bool:
+    """Whether a message is the one that made up the round before, but for the round, and, of a
+    step from outside, which is one of the same handle, the number; its gradients lie in the same
+    arrays. The message before was ordinary.
+    """
+    if (
+        message.gradients is not last.gradients
+        or message.round != last.round + 1
+        or message.epoch != last.epoch
+        or message.settings is not last.settings
+        or message.rejection is not None
+    ):
+        return False
+    if isinstance(message, msg.Step):
+        return (
+            isinstance(last, msg.Step)
+            and message.incarnation == last.incarnation + 1
+            and message.in_place == last.in_place
+            and message.token is None
+        )
+    return (
+        isinstance(last, msg.Push)
+        and message.rank == last.rank
+        and message.incarnation == last.incarnation
+        and not message.want_parameters
+        and not message.slices
+    )
+
+
+def may_go_ahead(shard: Shard, messages: Sequence[msg.Push | msg.Step]) -> bool:
     """Whether every round from the next on is one of `count_ahead`, as long as these workers push
-    alike and the shard gets no other message.
+    alike, or such a step comes from outside, and the shard gets no other message.
     """
     rounds, progress, hold = shard.rounds, shard.progress, shard.exclusive_hold
     current, members, number = rounds.current, shard.members, shard.progress.round + 1
-    first, ranks = members.schedule[-1]
-    return not (
+    if (
         shard.phase is not Phase.COLLECTING
         or current.pushes
         or current.superseded
@@ -133,14 +161,24 @@ def may_go_ahead(shard: Shard, pushes: Sequence[msg.Push]) -> bool:
         or shard.config.clips_by_norm
         or progress.loss_scale is not None
         or members.given_up
-        or first > number
+        or any(
+            each.settings is not ORDINARY
+            or each.rejection is not None
+            or each.epoch != progress.epochs.now
+            for each in messages
+        )
+    ):
+        return False
+    pushes = [each for each in messages if isinstance(each, msg.Push)]
+    if len(pushes) < len(messages):
+        return all(each.token is None for each in messages if isinstance(each, msg.Step))
+    first, ranks = members.schedule[-1]
+    return not (
+        first > number
         or sorted(ranks) != sorted([push.rank for push in pushes])
         or any(
-            push.settings is not ORDINARY
-            or push.rejection is not None
-            or push.want_parameters
+            push.want_parameters
             or push.slices
-            or push.epoch != progress.epochs.now
             or push.incarnation != members.ledger.newest[push.rank]
             for push in pushes
         )
@@ -148,15 +186,23 @@ def may_go_ahead(shard: Shard, pushes: Sequence[msg.Push]) -> bool:
 
 
 def count_ahead(
-    shard: Shard, pushes: Sequence[msg.Push], rounds: int, clock: Clock, lr: float
+    shard: Shard,
+    messages: Sequence[msg.Push | msg.Step],
+    rounds: int,
+    clock: Clock,
+    lr: float,
 ) -> None:
     """Count so many rounds that were stepped one after the other while `may_go_ahead` held, each by
-    these pushes but for their round; the clock and the learning rate are those of the last.
+    these messages but for their round; the clock and the learning rate are those of the last, and
+    so is a step's number.
     """
     progress, current = shard.progress, shard.rounds.current
-    for push in pushes:
-        current.pushes[push.rank] = replace(push, round=progress.round + rounds)
+    for message in messages:
+        if isinstance(message, msg.Step):
+            shard.rounds.enter_direct(message)
+        else:
+            current.pushes[message.rank] = replace(message, round=progress.round + rounds)
     progress.take_step(clock, lr, current)
-    if rounds % 2 == 0:
+    if rounds % 2 == 0 and not current.in_place:
         shard.state.swap()  # as often as there are rounds
     shard.rounds.count("applied", None, rounds)

@@ -194,10 +194,14 @@ class Rounds:
             rejection=message.rejection,
             settings=message.settings,
         )
-        state = progress.state
-        self.current.in_place = message.in_place and not state.masters and state.copies is None
+        self.current.in_place = self.is_in_place(message)
         self.current.enter(push)
         return push
+
+    def is_in_place(self, message: msg.Step) -> bool:
+        """Whether a step from outside writes the new parameters over those that it reads."""
+        state = self.progress.state
+        return message.in_place and not state.masters and state.copies is None
 
     def direct_norms(self, message: msg.StepNorms, caller: Any) -> None:
         """Give the direct step the whole model's sums of squares."""
