@@ -11,6 +11,7 @@ import sys
 import sysconfig
 import threading
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,7 +67,8 @@ class Gather:
             for first, each, sizes in zip(firsts, leaves, shapes, strict=True)
         ]
         runs, self._results = np.array(rows, np.int64), np.zeros(len(rows), np.int64)
-        constants = np.array([*_called(), *map(id, (dict, list, str, np.ndarray, dtype))], np.int64)
+        types = map(id, (dict, list, str, np.ndarray, dtype))
+        constants = np.array([*_called(), *types, dicts_are_as_known()], np.int64)
         tables = table.slots, table.containers, table.keys, table.places
         self._kept = tables, runs, constants, shapes, leaves  # which the call has the addresses of
         slots, containers, keys, places = (each.ctypes.data for each in tables)
@@ -139,6 +141,49 @@ def _are_as_known(dtype: str) -> bool:
         _number_at(items + 8 * place) == _number(as_tuple, abi.ITEMS + 8 * place) == id(array)
         and _is_as_known(array)
         for place, array in enumerate(some)
+    )
+
+
+@cache
+def dicts_are_as_known() -> bool:
+    """Whether the items of dicts lie in memory as `gather_abi` says: seen in some, of versions of
+    the interpreter in whose headers it is so.
+    """
+    if not (3, 11) <= sys.version_info < (3, 15) or dict.__basicsize__ != abi.VALUES + 8:
+        return False
+    lacking = {"a": 1, "b": 2, "c": 3}
+    del lacking["b"]
+    others: Sequence[dict[Any, Any]] = {1: 2}, {"a": 1, 2: 3}, lacking, vars(_Empty())
+    return (
+        all(_lies_open({f"key {i}": object() for i in range(n)}) for n in (1, 5, 40, 300))
+        and not any(_lies_open(each) for each in others)
+        and _lies_open(dict(lacking))
+    )
+
+
+class _Empty:
+    """Its instances have dicts of which some lie otherwise."""
+
+    def __init__(self) -> None:
+        self.a, self.b = 1, 2
+
+
+def _lies_open(of: dict[Any, Any]) -> bool:
+    """Whether a dict's items are found where those of one of strings would lie."""
+    if _number(of, abi.SIZE) != len(of) or _number(of, abi.VALUES) != 0:
+        return False
+    table = _number(of, abi.KEYS)
+    kind, bits = (
+        ctypes.c_uint8.from_address(table + at).value for at in (abi.KIND, abi.INDEX_BITS)
+    )
+    if kind != abi.STRINGS or _number_at(table + abi.ENTRIES) != len(of) or bits > 32:
+        return False
+    entries = table + abi.INDICES + (1 << bits)
+    if entries + 16 * len(of) - table > sys.getsizeof(of) - dict.__basicsize__:
+        return False  # it would end behind the table
+    return all(
+        (_number_at(entries + 16 * k), _number_at(entries + 16 * k + 8)) == (id(key), id(value))
+        for k, (key, value) in enumerate(of.items())
     )
 
 

@@ -19,10 +19,12 @@ finite, and STRANGE, if some keys are equal to those known, but others.
 
 These places are part of both C interfaces: the macros PyList_GET_ITEM, PyTuple_GET_ITEM and
 Py_TYPE, PyArray_DATA, PyArray_NDIM, PyArray_DIMS, PyArray_DESCR and PyArray_FLAGS are compiled into
-every extension. `gather` tries them out before it relies on them.
+every extension. Where a dict's items lie is the interpreter's own matter: it is relied on where
+`gather` says so, and of dicts that have had nothing but these strings for keys; PyDict_Next, which
+takes as long as all else, is for the others. `gather` tries all out before it relies on them.
 
-Source: the headers cpython/listobject.h, cpython/tupleobject.h, object.h and
-numpy/ndarraytypes.h.
+Source: the headers cpython/listobject.h, cpython/tupleobject.h, object.h, numpy/ndarraytypes.h,
+cpython/dictobject.h and internal/pycore_dict.h.
 """
 
 import ctypes
@@ -33,6 +35,16 @@ SIZE, ITEMS, TYPE = 16, 24, 8
 """Bytes from an object's beginning to a list's and a tuple's length, to the address of a list's
 items and to a tuple's own, and to the type.
 """
+KEYS, VALUES = 32, 40
+"""The same in a dict, whose number of items is where a list's is: to the address of its table, and
+of the values that it has apart from that, if it has.
+"""
+INDEX_BITS, KIND, ENTRIES, INDICES = 9, 10, 24, 32
+"""The same in a dict's table: the power of two that its indices take in bytes (a byte), what keys
+it has (a byte), how many entries, also of what was deleted, and the indices, behind which these
+are: each the addresses of a key and a value, if the keys are of the kind STRINGS.
+"""
+STRINGS = 1
 DATA, DIMENSIONS, SHAPE, DESCR, FLAGS = 16, 24, 32, 56, 64
 """The same in an array: the address of its elements, the number of its dimensions (an int), the
 address of these, its dtype, its flags (an int).
@@ -41,8 +53,13 @@ READABLE = 0x1 | 0x100
 """The flags of an array that is contiguous, in C's order, and aligned."""
 CONTAINER, RUN = 4, 4
 """Numbers of a container, and of a run."""
-CONSTANTS = ("PyDict_Next", "PyUnicode_Compare", "dict", "list", "str", "ndarray", "dtype")
-"""The functions and types that are known by address, in this order; the dtype is the arrays'."""
+CONSTANTS = (
+    *("PyDict_Next", "PyUnicode_Compare", "dict", "list", "str", "ndarray", "dtype"),
+    "dicts_are_known",
+)
+"""The functions and types that are known by address, in this order; the dtype is the arrays'. The
+last is 1 where a dict's items are read where they lie, else 0.
+"""
 CONTAINERS, OTHER = -2, -1
 """What it returns where nothing, or any leaf, was copied."""
 LARGE, STRANGE = 1, 2

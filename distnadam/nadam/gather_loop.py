@@ -48,9 +48,10 @@ class _Gather(Instructions):
         tree, self._slots, self._containers, containers, *arguments = self.arguments
         self._keys, self._places, self._runs, runs, self._results, constants = arguments
         code = self.code
-        next_, compare, *types = (
+        next_, compare, *types, known = (
             self.load(INDEX, constants, INDEX(k)) for k in range(len(abi.CONSTANTS))
         )
+        self._knows_dicts = code.icmp_signed("!=", known, INDEX(0))
         self._dict, self._list, self._str, self._array, self._dtype = types
         self._next = code.inttoptr(next_, ir.FunctionType(WORD, [POINTER] * 4).as_pointer())
         self._compare = code.inttoptr(compare, ir.FunctionType(WORD, [POINTER] * 2).as_pointer())
@@ -81,29 +82,69 @@ class _Gather(Instructions):
     def _dict_items(self, found: Any, first: Any, count: Any, strange: Any) -> Any:
         """Put a dict's values into their slots, if its keys are those that are known."""
         code = self.code
+        self._require(self._field(found, abi.SIZE, INDEX), count, abi.CONTAINERS)
+        before, table = code.block, self._field(found, abi.KEYS, POINTER)
+        with code.if_then(self._knows_dicts):
+            apart = self._field(found, abi.VALUES, INDEX)
+            odd = code.or_(apart, code.sub(self._field(table, abi.ENTRIES, INDEX), count))
+            kind = code.sub(self._byte(table, abi.KIND), INDEX(abi.STRINGS))
+            is_plain = code.icmp_signed("==", code.or_(odd, kind), INDEX(0))
+            inside = code.block
+        lies_open = self._phi((ir.Constant(ir.IntType(1), 0), before), (is_plain, inside))
+        with code.if_else(lies_open) as (can_read, must_ask):
+            with can_read:
+                read = self._read_items(table, first, count, strange)
+                behind_read = code.block
+            with must_ask:
+                asked = self._ask_for_items(found, first, count, strange)
+                behind_asked = code.block
+        return self._phi((read, behind_read), (asked, behind_asked))
+
+    def _read_items(self, table: Any, first: Any, count: Any, strange: Any) -> Any:
+        """Put the values of a dict's table into their slots, from where they lie."""
+        code = self.code
+        size = code.shl(INDEX(1), self._byte(table, abi.INDEX_BITS))
+        entries = self.at(table, code.add(INDEX(abi.INDICES), size), BYTE)
+
+        def put(k: Any, strange: Any) -> Sequence[Any]:
+            at = code.shl(k, INDEX(1))
+            key, value = (self.load(POINTER, entries, code.add(at, INDEX(i))) for i in range(2))
+            return [self._put_item(code.add(first, k), key, value, strange)]
+
+        (strange,) = self.loop(INDEX(0), count, put, [strange])
+        return strange
+
+    def _ask_for_items(self, found: Any, first: Any, count: Any, strange: Any) -> Any:
+        """Put a dict's values into their slots, as the interpreter tells them."""
+        code = self.code
 
         def put(k: Any, strange: Any) -> Sequence[Any]:
             self._require(self._go_on(found), WORD(1), abi.CONTAINERS)
-            child = code.add(first, k)
-            key = code.load(self._key, typ=POINTER, align=8)
-            known = self.load(POINTER, self._keys, child)
-            before = code.block
-            is_other = code.icmp_unsigned(
-                "!=", code.ptrtoint(key, INDEX), code.ptrtoint(known, INDEX)
+            key, value = (
+                code.load(each, typ=POINTER, align=8) for each in (self._key, self._value)
             )
-            with code.if_then(is_other, likely=False):
-                for each in (key, known):  # of another type, it may run anything to compare itself
-                    self._require(self._field(each, abi.TYPE, INDEX), self._str, abi.CONTAINERS)
-                self._require(code.call(self._compare, [key, known]), WORD(0), abi.CONTAINERS)
-                inside = code.block
-            now = self._phi((strange, before), (INDEX(abi.STRANGE), inside))
-            self._put(child, code.load(self._value, typ=POINTER, align=8))
-            return [now]
+            return [self._put_item(code.add(first, k), key, value, strange)]
 
         code.store(INDEX(0), self._position, align=8)
         (strange,) = self.loop(INDEX(0), count, put, [strange])
-        self._require(self._go_on(found), WORD(0), abi.CONTAINERS)
         return strange
+
+    def _put_item(self, child: Any, key: Any, value: Any, strange: Any) -> Any:
+        """Put a value into the slot of a child whose key is known, and return whether one was not
+        the very object that is known.
+        """
+        code = self.code
+        known = self.load(POINTER, self._keys, child)
+        before = code.block
+        is_other = code.icmp_unsigned("!=", code.ptrtoint(key, INDEX), code.ptrtoint(known, INDEX))
+        with code.if_then(is_other, likely=False):
+            for each in (key, known):  # of another type, it may run anything to compare itself
+                self._require(self._field(each, abi.TYPE, INDEX), self._str, abi.CONTAINERS)
+            self._require(code.call(self._compare, [key, known]), WORD(0), abi.CONTAINERS)
+            inside = code.block
+        now = self._phi((strange, before), (INDEX(abi.STRANGE), inside))
+        self._put(child, value)
+        return now
 
     def _go_on(self, found: Any) -> Any:
         """Go on to a dict's next item; return 1, or 0 where there is none."""
@@ -240,6 +281,11 @@ class _Gather(Instructions):
     def _field(self, of: Any, at: int, kind: Any) -> Any:
         return self.code.load(
             self.at(of, INDEX(at), BYTE), typ=kind, align=4 if kind is WORD else 8
+        )
+
+    def _byte(self, of: Any, at: int) -> Any:
+        return self.code.zext(
+            self.code.load(self.at(of, INDEX(at), BYTE), typ=BYTE, align=1), INDEX
         )
 
     def _phi(self, *values: tuple[Any, Any]) -> Any:

@@ -248,7 +248,12 @@ def test_whatever_the_containers_are_the_compiled_copy_does_what_numpy_does(
         assert found[0] == found[1]
 
 
-def test_leaves_are_told_by_their_keys_whoever_made_these_and_in_whatever_order() -> None:
+@pytest.mark.parametrize("is_known", [True, False], ids=["read", "asked for"])
+def test_leaves_are_told_by_their_keys_whoever_made_these_and_in_whatever_order(
+    is_known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert gather.dicts_are_as_known()
+    monkeypatch.setattr(gather, "dicts_are_as_known", lambda: is_known)
     names = [f"layer {i}" for i in range(9)]
     layout = Layout.of({name: np.zeros(3, np.float32) for name in names})
     memory = empty_flat(layout.sizes)
@@ -261,3 +266,47 @@ def test_leaves_are_told_by_their_keys_whoever_made_these_and_in_whatever_order(
         assert plain.copy({**tree, "more": tree[names[3]]}) is None
         tree["another"] = tree.pop(names[number % 9])
         assert plain.copy(tree) is None
+
+
+class Named:
+    """Its instances' dicts share their keys."""
+
+    def __init__(self, **given: Any) -> None:
+        self.a, self.b, self.c = given["a"], given["b"], given["c"]
+
+
+def test_dicts_whose_items_lie_otherwise_are_asked_for_them() -> None:
+    tree = {name: np.full(3, number, np.float32) for number, name in enumerate("abc")}
+    layout = Layout.of(tree)
+    memory = empty_flat(layout.sizes)
+    plain = PlainGradients(layout, memory)
+    gone = {"x": 1, **tree, "y": 2}
+    del gone["x"], gone["y"]
+    mixed = {1: 2, **tree}
+    del mixed[1]
+    for each in (tree, gone, mixed, vars(Named(**tree)), dict(mixed), tree | {}):
+        memory["float32"][:] = -1
+        assert plain.copy(each) == ()
+        assert memory["float32"].reshape(3, 3)[:, 1].tolist() == [0, 1, 2]
+
+
+DICTS_ELSEWHERE = {
+    "SIZE": 24,
+    "KEYS": 24,
+    "VALUES": 24,
+    "INDEX_BITS": 8,
+    "KIND": 8,
+    "ENTRIES": 16,
+    "INDICES": 24,
+    "STRINGS": 0,
+}
+
+
+@pytest.mark.parametrize("place", DICTS_ELSEWHERE)
+def test_where_dicts_lie_otherwise_their_items_are_asked_for(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if place == "KEYS":  # an address that is none would be followed
+        monkeypatch.setattr(gather_abi, "VALUES", 32)
+    monkeypatch.setattr(gather_abi, place, DICTS_ELSEWHERE[place])
+    assert not gather.dicts_are_as_known.__wrapped__()
