@@ -129,7 +129,8 @@ class ShardHost:
         shard = self.shard
         if self._outbox.is_idle and shard.phase in AT_REST and not shard.exclusive_hold.holder:
             return
-        self.lock = threading.Lock()
+        self.lock = self._outbox.lock = threading.Lock()
+        self._outbox.put_off = None
         self._is_closed = True
         self._waiting = set()
         self._refusal = LifecycleError(

@@ -11,12 +11,14 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from distnadam import DistNadam, Options
 from distnadam.errors import LifecycleError
+from distnadam.runtime.shard_kernel import StepsAhead
 from distnadam.threads import in_background
 
 SCRIPT = """
@@ -137,6 +139,51 @@ def test_a_child_forked_amid_a_step_of_another_thread_is_refused_at_once() -> No
         go_on.set()
         assert stepping.result() == 1
         assert status == 0
+
+
+def test_a_child_goes_on_where_rounds_that_went_ahead_were_not_counted_yet() -> None:
+    ones = {"w": np.ones(9)}
+    with DistNadam(backend="local").build(ones) as optimizer, optimizer.worker(0) as worker:
+        for _ in range(6):
+            worker.step(ones)
+
+        def work() -> None:
+            for _ in range(5):
+                worker.step(ones)
+            assert optimizer.iterations == 11
+
+        assert in_child(work) == 0
+        assert worker.step(ones)["w"].shape == (9,) and optimizer.iterations == 7
+
+
+def test_a_child_forked_amid_a_step_that_goes_ahead_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ones, inside, go_on = {"w": np.ones(9)}, threading.Event(), threading.Event()
+    step_ahead = StepsAhead.step
+
+    def step(self: StepsAhead, *given: Any) -> None:
+        inside.set()
+        go_on.wait()
+        step_ahead(self, *given)
+
+    with DistNadam(backend="local").build(ones) as optimizer, optimizer.worker(0) as worker:
+        for _ in range(6):
+            worker.step(ones)
+        monkeypatch.setattr(StepsAhead, "step", step)
+        stepping = in_background("step", lambda: worker.step(ones))
+        inside.wait()
+
+        def work() -> None:
+            steps = [partial(step, ones) for step in (optimizer.apply_gradients, worker.step)]
+            for call in (optimizer.get_params, *steps):
+                with pytest.raises(LifecycleError, match="forked from its optimizer's while"):
+                    call()
+
+        status = in_child(work)
+        go_on.set()
+        assert stepping.result()["w"].shape == (9,)
+        assert status == 0 and optimizer.iterations == 7
 
 
 def test_work_is_done_by_its_caller_where_no_thread_can_be_started() -> None:
