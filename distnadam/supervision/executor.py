@@ -62,7 +62,7 @@ class DecisionExecutor:
         self._publish = publish
         self._standbys = StandbyStarter(cluster, report, beside)
         self._handed_over: set[ShardProcess] = set()
-        self.counts = {"promoted": 0, "moved": 0, "rewound": 0, "departed": 0, "rejoined": 0}
+        self.counts = {"promoted": 0, "rewound": 0, "departed": 0, "rejoined": 0}
 
     def execute(self, decision: decisions.Decision, seen: Observation) -> None:
         """Execute what was decided on an observation."""
@@ -123,7 +123,7 @@ class DecisionExecutor:
                 cluster.highest_round,
                 "leaves its host" if moves else "died",
             )
-            self.counts["moved" if moves else "promoted"] += 1
+            self.counts["promoted"] += not moves  # a move recovers from nothing
             standby = cluster.standbys.pop(index)
             if (successor := cluster.successors.pop(index, None)) is not None:
                 if seen.shards[index].by_successor:

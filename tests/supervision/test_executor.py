@@ -180,6 +180,18 @@ def test_a_standby_takes_over_in_the_pass_that_sees_the_death() -> None:
     assert [answer.round for answer in scene.group.describe_all()] == [1, 1]
 
 
+def test_a_shard_that_leaves_its_host_counts_as_no_recovery() -> None:
+    scene = Scene(replicas=1)
+    scene.group.step(GRADIENT)
+    before = scene.world.shards[1]
+    scene.world.to_leave.add(before)
+    scene.world.look()
+    assert not before.alive and scene.world.shards[1].alive
+    assert scene.world.supervisor.shard_recoveries == 0
+    assert sum(scene.world.supervisor.recoveries.values()) == 0
+    assert scene.group.step(GRADIENT).round == 2
+
+
 def test_where_a_standby_cannot_take_over_all_go_back() -> None:
     scene = Scene(replicas=1)
     scene.group.step(GRADIENT)
