@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from time import perf_counter
+from typing import NamedTuple
 
 from distnadam.errors import DistNadamError
 from distnadam.nadam.step_scalars import StepScalars, step_scalars
@@ -25,8 +26,8 @@ from distnadam.shard.effects import Replicate
 from distnadam.shard.machine import Shard
 from distnadam.shard.ordinary import count_ahead, may_go_ahead
 
-_STEPS = 16
-"""Steps whose scalars are computed at a time."""
+_ROUNDS = 16
+"""Rounds that are prepared for at a time."""
 _MOST_ELEMENTS = 1 << 20
 """Elements of a shard whose steps are so short that others may wait for the lock meanwhile."""
 
@@ -67,6 +68,13 @@ def rounds_ahead(
     return found
 
 
+class _Prepared(NamedTuple):
+    """What is known of a round before its pushes come."""
+
+    scalars: StepScalars
+    answers: Sequence[bytes]
+
+
 class RoundsAhead:
     """The rounds from the next on, until one is another or somebody takes the machine's lock.
 
@@ -90,13 +98,17 @@ class RoundsAhead:
         self._outbox = outbox
         self._steps = steps
         self._pushes = pushes
-        self._numbers = list(numbers)
+        # what its frame's number is ahead of a push's round
+        self._leads = [number - shard.progress.round for number in numbers]
         self._bodies = [push_bodies(push) for push in pushes]
         self._config = shard.config
         self._clock = shard.progress.clock
         self._active = shard.state.active
+        self._lr = shard.progress.lr
+        self._round = shard.progress.round
         self._rounds = 0  # that are not counted yet
-        self._scalars: deque[StepScalars] = deque()  # of the next steps
+        self._expected: deque[Sequence[bytes]] = deque()  # the frames of the next rounds
+        self._prepared: deque[_Prepared] = deque()  # of the first of these
         progress = shard.progress
         self._result = replace(
             progress.result(want_parameters=False), outcome="applied", revision=progress.revision
@@ -107,29 +119,45 @@ class RoundsAhead:
         self._on_error = on_error
 
     def prepare(self) -> None:
-        """Compute what the next step needs, if that is not there: of some steps at a time, which
-        costs less than of each by itself between two waits.
+        """Prepare all that can be known of the next round, if that is not done: of some rounds at a
+        time, which costs less than of each by itself between two waits.
         """
-        if not (self._scalars or callable(self._config.lr)):
-            self._compute_scalars(_STEPS)
+        if not self._expected:
+            self._expect()
+        if not (self._prepared or callable(self._config.lr)):
+            self._compute(len(self._expected))
 
-    def _compute_scalars(self, steps: int) -> None:
-        clock = self._clock
-        for _ in range(steps):
-            self._scalars.append(step_scalars(clock, self._config))
-            clock = self._scalars[-1].after
+    def _expect(self) -> None:
+        following = self._round + 1
+        for number in range(following, following + _ROUNDS):
+            leads = zip(self._bodies, self._leads, strict=True)
+            self._expected.append([body(number + lead, number) for body, lead in leads])
+
+    def _compute(self, rounds: int) -> None:
+        """Compute the scalars and the answers of the next rounds."""
+        clock, active, result = self._clock, self._active, self._result
+        following = self._round + 1
+        for number in range(following, following + rounds):
+            scalars = step_scalars(clock, self._config)
+            clock, active = scalars.after, 1 - active
+            result.round, result.iterations = number, clock.iterations
+            result.lr, result.buffer = scalars.lr, active
+            first, *others = self._leads
+            answer = pack(number + first, result)
+            answers = [answer, *[renumbered(answer, number + other) for other in others]]
+            self._prepared.append(_Prepared(scalars, answers))
 
     def take(self, frames: Sequence[bytes]) -> Sequence[bytes] | None:
         """Step the next round, whose pushes came in these frames' bodies, and return the answers;
         None if they must go the usual way, where what was stepped all the same is counted already.
         """
-        number = self._result.round + 1
-        for frame, body, last in zip(frames, self._bodies, self._numbers, strict=True):
-            if frame != body(last + 1, number):
-                return None
-        if not self._scalars:  # a function is asked for the rate when that is due
+        if not self._expected:
+            self._expect()
+        if frames != self._expected[0]:
+            return None
+        if not self._prepared:  # a function is asked for the rate when that is due
             try:
-                self._compute_scalars(1)
+                self._compute(1)
             except DistNadamError:
                 return None
         outbox, replicator = self._outbox, self._replicator
@@ -139,45 +167,39 @@ class RoundsAhead:
             with outbox.lock:
                 if outbox.put_off != self.count or replicator.stream is not self._stream:
                     return None
-                return self._take(number) if outbox.may_begin else None
+                return self._take() if outbox.may_begin else None
         except BaseException as error:
             self._on_error(error)
             return None
 
-    def _take(self, number: int) -> Sequence[bytes] | None:
-        self._step(number, self._scalars[0])
-        if self._stream is not None:
-            self._replicator.replicate(Replicate(self._record(number)))
-            if not self._outbox.may_begin:
-                return None  # the standby was lost, and the supervisor is to know that first
-        first, *others = self._numbers
-        answer = pack(first, self._result)
-        return [answer, *[renumbered(answer, other) for other in others]]
-
-    def _step(self, number: int, scalars: StepScalars) -> None:
+    def _take(self) -> Sequence[bytes] | None:
+        scalars, answers = self._prepared[0]
         began = perf_counter()
         self._steps.step(self._active, scalars)
         self._on_step(perf_counter() - began)
         self._rounds += 1
-        self._scalars.popleft()
-        self._clock = scalars.after
+        self._round += 1
+        self._clock, self._lr = scalars.after, scalars.lr
         self._active = 1 - self._active
-        self._numbers = [last + 1 for last in self._numbers]
-        result = self._result
-        result.round, result.iterations = number, scalars.after.iterations
-        result.lr, result.buffer = scalars.lr, self._active
+        self._prepared.popleft()
+        self._expected.popleft()
+        if self._stream is not None:
+            self._replicator.replicate(Replicate(self._record()))
+            if not self._outbox.may_begin:
+                return None  # the standby was lost, and the supervisor is to know that first
+        return answers
 
-    def _record(self, number: int) -> ReplicatedRound:
+    def _record(self) -> ReplicatedRound:
         """Return what `Progress.record` would of the round that was stepped last."""
         for note in self._notes.values():
-            note.round = number
+            note.round = self._round
         return ReplicatedRound(
-            round=number,
+            round=self._round,
             skipped=self._shard.progress.skipped,
             outcome="applied",
             rejection=None,
             counted=self._notes,
-            lr=self._result.lr,
+            lr=self._lr,
             active=self._active,
             clock=self._clock,
         )
@@ -185,4 +207,4 @@ class RoundsAhead:
     def count(self) -> None:
         """Count the rounds that were taken; no more are."""
         if self._rounds:
-            count_ahead(self._shard, self._pushes, self._rounds, self._clock, self._result.lr)
+            count_ahead(self._shard, self._pushes, self._rounds, self._clock, self._lr)

@@ -178,6 +178,10 @@ def rejected(run: Run) -> None:
     run.round += 1
 
 
+def many_more(run: Run) -> None:
+    run.rounds(4 * ROUNDS)  # than are prepared for at a time
+
+
 HAPPENINGS = [
     described,
     described_between_the_pushes,
@@ -191,6 +195,7 @@ HAPPENINGS = [
     retired,
     without_a_lease,
     rejected,
+    many_more,
 ]
 
 
