@@ -25,6 +25,8 @@ log = logging.getLogger("distnadam")
 
 LOOK_EVERY_S = 1.0
 """Seconds between two looks at a Ray that seems to run."""
+_RAYLET_EVERY_S = 0.01
+"""Seconds between two looks at a raylet that seems to run, which cost a step its share."""
 _ANSWER_S = 1.0
 _PAUSE_S = 0.1
 _RAYS_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"
@@ -47,21 +49,23 @@ class JoinedRay:
         self._head = context.gcs_address
         self._patience_s = float(os.environ.get(_RAYS_PATIENCE, _RAYS_PATIENCE_S)) / 2
         self._raylet, self._pid = _watch_raylet(context.get_node_id())
-        self._look_at = 0.0
+        self._look_at = self._raylet_at = 0.0
         self._silent_since: float | None = None
         self.end: str | None = None
         self.id = (self._head, context.get_job_id())
 
     def look(self, *, now: bool) -> None:
-        """Set `end` to how it died, if it has; without `now` ask for the head once in a while."""
-        if self.end is not None:
+        """Set `end` to how it died, if it has; without `now` look once in a while."""
+        moment = time.monotonic()
+        if self.end is not None or (moment < self._raylet_at and not now):
             return
+        self._raylet_at = moment + _RAYLET_EVERY_S
         if self._raylet is not None and _is_readable(self._raylet):
             self.end = f"its raylet on this host (process {self._pid}) ended"
             return
-        if time.monotonic() < self._look_at and not now:
+        if moment < self._look_at and not now:
             return
-        self._look_at = time.monotonic() + LOOK_EVERY_S
+        self._look_at = moment + LOOK_EVERY_S
         host, _, port = self._head.rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
@@ -200,9 +204,13 @@ def require_ray() -> None:
             "start it by spawn (multiprocessing.get_context('spawn')), or connect(name) from a new "
             "process"
         )
-    if (end := why_lost(now=False)) is not None:
-        raise ray_lost(end)
-    if not ray.is_initialized():
+    joined, is_on = _process.joined, ray.is_initialized()
+    if joined is not None:
+        if is_on:
+            joined.look(now=False)
+        if joined.end is not None:
+            raise ray_lost(joined.end)
+    if not is_on:
         raise LifecycleError("the Ray that this optimizer ran on was shut down in this process")
 
 
