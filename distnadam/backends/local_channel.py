@@ -22,7 +22,7 @@ from distnadam.tensors.layout import Layout, Ranges
 from distnadam.transport.parameter_memory import ParameterMemory
 
 
-class Hosts(Protocol):
+class LocalShards(Protocol):
     """The shards' hosts of now, with what steps their rounds at once, and the parameters that they
     write.
     """
@@ -42,7 +42,7 @@ def _copied(answer: Any) -> Any:
 class LocalPending(Pending):
     """The answers of hosts of this process to messages, which get there when it is made."""
 
-    def __init__(self, shards: Hosts, messages: Mapping[int, Message | Order]) -> None:
+    def __init__(self, shards: LocalShards, messages: Mapping[int, Message | Order]) -> None:
         hosts, rounds = shards.hosts, shards.rounds
         if any(index >= len(hosts) for index in messages):
             raise Reconfigured(f"there are {len(hosts)} shards now; look again")
@@ -93,7 +93,7 @@ class LocalWorkerChannel(WorkerChannel):
     reads the shards' parameters, in pages that it cannot write.
     """
 
-    def __init__(self, shards: Hosts, layout: Layout) -> None:
+    def __init__(self, shards: LocalShards, layout: Layout) -> None:
         self._shards = shards
         self._gradients = empty_flat(layout.sizes)
         self.parameters = shards.memory.read

@@ -19,7 +19,7 @@ from distnadam.client.gradient_runs import (
     narrow_in,
     not_finite,
     runs_of,
-    stretches_of,
+    trained_stretches,
 )
 from distnadam.client.micro_batches import add_micro_batch, divide, unscale
 from distnadam.client.plain_gradients import PlainGradients
@@ -75,7 +75,7 @@ class GradientBuffer:
         self.loss_scale = 0.0
         self._view_dtypes: dict[str, str] | None = None
         self._narrow, self._large = narrow_in(layout), large_in(layout)
-        self._looked_at = stretches_of(layout)
+        self._looked_at = trained_stretches(layout)
         self._trained = sum(b - a for each in self._looked_at.values() for a, b in each)
         self._runs = runs_of(layout)
         self._plain = PlainGradients(layout, memory) if compiled else None

@@ -48,7 +48,7 @@ def runs_of(layout: Layout) -> list[Run]:
     return runs
 
 
-def stretches_of(layout: Layout) -> dict[str, list[tuple[int, int]]]:
+def trained_stretches(layout: Layout) -> dict[str, list[tuple[int, int]]]:
     """Return for each space the stretches of elements that no frozen tensor has."""
     found: dict[str, list[tuple[int, int]]] = {space: [] for space in layout.sizes}
     for index, tensor in enumerate(layout.tensors):

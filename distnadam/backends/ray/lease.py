@@ -116,7 +116,7 @@ class LeaseManager:
         self._trusted_s = lasts_s / 2
         self._belonged = 0.0
         self._began = now()
-        threading.Thread(target=self._keep, name="charge", daemon=True).start()
+        threading.Thread(target=self._keep, name="leader", daemon=True).start()
 
     @property
     def is_leader(self) -> bool:
