@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from rich.table import Table
 
 from distnadam.backends import factory
@@ -16,12 +17,12 @@ from distnadam.checks import check_ports
 from distnadam.cli.counts import COUNT
 from distnadam.cli.group import JSON, echo_json, exit_on_error, main, plain_console
 from distnadam.cli.measuring import measure_constants
+from distnadam.cli.planned_run_options import NAMES, planned_run, planned_run_options
 from distnadam.cli.running import joined
 from distnadam.errors import InsufficientResources, KernelError
 from distnadam.extras import how_to_install
 from distnadam.nadam.kernels import fused_installed, make_stepper
 from distnadam.planning import room
-from distnadam.planning.planned_run import PlannedRun
 from distnadam.transport.available_memory import available_bytes
 from distnadam.transport.link import Links
 from distnadam.transport.shared_memory import why_not_shared
@@ -151,8 +152,10 @@ def _transport() -> str:
 @click.option(
     "--parameters",
     type=COUNT,
-    help="Say whether each host has the memory for a shard and a worker of so large a model.",
+    help="Say whether each host has the memory for its part of so large a model, with the options "
+    "below.",
 )
+@planned_run_options(otherwise=("one on each host", "1"))
 @JSON
 def doctor(
     hosts: tuple[str, ...],
@@ -163,6 +166,7 @@ def doctor(
     port_range: tuple[int, int] | None,
     parameters: int | None,
     as_json: bool,
+    **given: Any,
 ) -> None:
     """Show what would run here: versions, Ray, shared memory, kernel, transport.
 
@@ -173,6 +177,9 @@ def doctor(
         raise click.UsageError("HOST is for --measure")
     if save is not None and not measure:
         raise click.UsageError("--save is for --measure")
+    asked = click.get_current_context().get_parameter_source
+    if parameters is None and any(asked(name) is not ParameterSource.DEFAULT for name in NAMES):
+        raise click.UsageError("how a model is distributed goes with --parameters")
     found = diagnose()
     if measure or address is not None:
         with exit_on_error():
@@ -183,7 +190,8 @@ def doctor(
                     measure_constants(ports).save(save)
         found.problems += found.links.problems
     if parameters is not None:
-        found.problems += _too_small(found, parameters)
+        with exit_on_error():
+            found.problems += _too_small(found, parameters, given)
     if as_json:
         echo_json(found.to_dict())
     else:
@@ -192,10 +200,10 @@ def doctor(
         sys.exit(1)
 
 
-def _too_small(found: Diagnosis, parameters: int) -> Iterator[str]:
+def _too_small(found: Diagnosis, parameters: int, given: dict[str, Any]) -> Iterator[str]:
     """Yield a sentence for each host without the memory for its part of a model."""
     hosts = {"this host": available_bytes()} if found.links is None else found.links.memory
-    run = PlannedRun(parameters=parameters, hosts=len(hosts))
+    run = planned_run(given, parameters=parameters, hosts=len(hosts))
     for host, available in hosts.items():
         try:
             room.check(host, available, room.of_host(run))

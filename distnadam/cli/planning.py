@@ -9,6 +9,7 @@ from rich.table import Table
 
 from distnadam.cli.counts import COUNT
 from distnadam.cli.group import JSON, echo_json, exit_on_error, main, plain_console
+from distnadam.cli.planned_run_options import planned_run, planned_run_options
 from distnadam.planning import memory, peers, traffic
 from distnadam.planning.advice import best
 from distnadam.planning.constants import TYPICAL, Constants
@@ -48,26 +49,12 @@ class _Speed(click.ParamType[float]):
 @click.option("--parameters", type=COUNT, required=True, help="Elements of the model, 1e9.")
 @click.option("--hosts", type=COUNT, default=1, help="Hosts that have workers.  [default: 1]")
 @click.option(
-    "--workers-per-host", type=COUNT, default=1, help="Ranks on each of them.  [default: 1]"
-)
-@click.option("--shards", type=COUNT, help="Shards in all.  [default: what is best]")
-@click.option(
     "--shard-hosts",
     type=click.IntRange(0),
     default=0,
     help="Hosts for shards alone.  [default: 0, shards lie beside workers]",
 )
-@click.option(
-    "--replicas", type=click.IntRange(0, 1), default=0, help="Standbys of a shard.  [default: 0]"
-)
-@click.option("--sum-group", type=COUNT, help="Ranks summed first.  [default: what is best]")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16"]),
-    default="float32",
-    help="Of gradients and pulled parameters on their way.  [default: float32]",
-)
-@click.option("--ema", is_flag=True, help="The shards keep an average of the parameters.")
+@planned_run_options(otherwise=("what is best", "what is best"))
 @click.option("--views", is_flag=True, help="Workers write gradients in place, and copy nothing.")
 @click.option(
     "--link", type=_Speed(), metavar="SPEED", help="Of each cable, 10Gbit/s.  [default: measured]"
@@ -88,18 +75,13 @@ def plan(
     *,
     parameters: int,
     hosts: int,
-    workers_per_host: int,
-    shards: int | None,
     shard_hosts: int,
-    replicas: int,
-    sum_group: int | None,
-    dtype: str,
-    ema: bool,
     views: bool,
     link: float | None,
     constants: str | None,
     gradient_seconds: float,
     as_json: bool,
+    **given: Any,
 ) -> None:
     """Say what a run needs before it runs: memory, bytes, time by phase, and what bounds it.
 
@@ -109,24 +91,10 @@ def plan(
         known = TYPICAL if constants is None else Constants.load(constants)
         if link is not None:
             known = dataclasses.replace(known, link_bytes_per_s=link)
-        half = dtype == "bfloat16"
-        run = PlannedRun(
-            parameters=parameters,
-            hosts=hosts,
-            workers_per_host=workers_per_host,
-            shards=shards,
-            shard_hosts=shard_hosts,
-            replicas=replicas,
-            sum_group=sum_group or 1,
-            half_gradients=half,
-            half_parameters=half,
-            ema=ema,
-        )
+        run = planned_run(given, parameters=parameters, hosts=hosts, shard_hosts=shard_hosts)
         fastest, _ = best(run, known, views=views)
-        if shards is not None:
-            fastest = dataclasses.replace(fastest, shards=shards)
-        if sum_group is not None:
-            fastest = dataclasses.replace(fastest, sum_group=sum_group)
+        fixed = {name: given[name] for name in ("shards", "sum_group") if given[name] is not None}
+        fastest = dataclasses.replace(fastest, **fixed)
         time = step_time(fastest, known, views=views)
     around = Surroundings(gradient_s=max(gradient_seconds, 1e-9), spread=0.0)
     others = simulate(fastest, known, around)

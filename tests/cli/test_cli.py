@@ -448,6 +448,18 @@ def test_doctor_says_whether_a_model_fits(monkeypatch: pytest.MonkeyPatch) -> No
         "381469727 MiB for the gradients of its workers"
     ) in done.stderr
     assert "needs" not in call("doctor", "--parameters", "1000").stderr
+    beside = ("--workers-per-host", 4, "--replicas", 1, "--sum-group", 2, "--dtype", "bfloat16")
+    done = call("doctor", "--parameters", "1e14", *beside, "--ema")
+    assert done.exit_code == 1
+    assert (
+        "needs 4959106446 MiB: 381469727 MiB for two buffers of the parameters, "
+        "1525878907 MiB for the state of its shards, 1525878907 MiB for the state of standbys, "
+        "1525878907 MiB for the gradients of its workers"
+    ) in done.stderr
+    split = call("doctor", "--parameters", "1000", "--workers-per-host", 4, "--sum-group", 3)
+    assert split.exit_code == 1 and "3 does not divide the 4 workers" in split.stderr
+    alone = call("doctor", "--replicas", 1)
+    assert alone.exit_code == 2 and "goes with --parameters" in alone.stderr
 
 
 def test_doctor_without_a_ray_to_examine_is_one_sentence() -> None:
