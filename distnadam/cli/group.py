@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from rich.console import Console
@@ -60,6 +60,10 @@ class Commands(click.Group):
         extra.setdefault("obj", (args[0] if args else extra.get("args")) is None)
         try:
             return super().main(*args, **extra)
+        except SystemExit as end:
+            if extra["obj"] and end.code == os.EX_TEMPFAIL:
+                leave()
+            raise
         except OSError as error:  # of a full disk behind standard output, above all
             with suppress(OSError):
                 which = "" if error.filename is None else f"{error.filename}: "
@@ -132,6 +136,16 @@ def exit_on_error() -> Iterator[None]:
         sys.exit(os.EX_TEMPFAIL if isinstance(error, RayLost) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def leave() -> NoReturn:
+    """End this process, whose Ray died, with 75 at once: what would be done at exit waits for that
+    Ray, which ends the process with 1 meanwhile.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(os.EX_TEMPFAIL)
 
 
 def prepare_streams() -> None:

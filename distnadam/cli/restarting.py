@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import click
 
 from distnadam.checkpoint.storage.resolve import open_directory
+from distnadam.cli.group import leave
 from distnadam.errors import RayLost
 from distnadam.places import shown
 from distnadam.threads import start
@@ -34,9 +35,7 @@ _SENT_BY_TERMINAL = 0x80
 _SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36
 """Of prctl(2)."""
 _AT_ONCE_S = 0.2
-_LOOK_EVERY_S = 5.0
-_STUCK_S = 20.0
-"""Seconds in which the run itself may notice that its Ray died."""
+_LOOK_EVERY_S = 1.0
 _CLEANUP_S = 10.0
 
 
@@ -58,39 +57,42 @@ class Run:
         self._ending.acquire()  # for good: one report
         record = {"said": saved(error), "in": error.checkpoint_dir, "step": error.step}
         os.write(self._report, json.dumps(record).encode())
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError, AttributeError):
-                stream.flush()
-        os._exit(os.EX_TEMPFAIL)  # what would be done at exit waits for a Ray that is gone
-
-    def end_if_stuck(self, directory: Callable[[], str | None]) -> None:
-        """End this process as `end` does if its Ray died while it starts, or while the run is in a
-        long evaluation or in a call that hangs; Ray would end it after a minute.
-
-        Args:
-            directory: returns where checkpoints are, or would be, as far as it is known.
-        """
-        start(threading.Thread(target=self._look, args=(directory,), daemon=True))
-
-    def _look(self, directory: Callable[[], str | None]) -> None:
-        while (why := _why_lost()) is None:
-            time.sleep(_LOOK_EVERY_S)
-        time.sleep(_STUCK_S)
-        where = directory()
-        error = RayLost("", where)
-        if where is not None:
-            error = with_what_is_saved(error, open_directory(where))
-        error.__cause__ = why
-        self.end(error)
+        leave()
 
 
-def _why_lost() -> RayLost | None:
-    """Return how the Ray that this process has joined died, without importing Ray."""
+def end_if_stuck(end: Callable[[RayLost], NoReturn], directory: Callable[[], str | None]) -> None:
+    """End this process if its Ray died while it starts, or while the run is in a long evaluation or
+    in a call that hangs; Ray itself would end it some time later, with 1.
+
+    Args:
+        end: ends it.
+        directory: returns where checkpoints are, or would be, as far as it is known.
+    """
+    start(threading.Thread(target=_look, args=(end, directory), daemon=True))
+
+
+def _look(end: Callable[[RayLost], NoReturn], directory: Callable[[], str | None]) -> None:
+    while (lost := _why_lost()) is None:
+        time.sleep(_LOOK_EVERY_S)
+    why, left_s = lost
+    time.sleep(left_s)
+    where = directory()
+    error = RayLost("", where)
+    if where is not None:
+        error = with_what_is_saved(error, open_directory(where))
+    error.__cause__ = why
+    end(error)
+
+
+def _why_lost() -> tuple[RayLost, float] | None:
+    """Return how the Ray that this process has joined died, and the seconds in which the run itself
+    may notice it, without importing Ray.
+    """
     joined = sys.modules.get("distnadam.backends.ray.joined")
     if joined is None or not hasattr(joined, "ray_lost"):  # it is being imported
         return None
-    end = joined.why_lost() or joined.why_lost_while_starting()
-    return joined.ray_lost(end) if end is not None else None
+    end = joined.why_lost(now=False) or joined.why_lost_while_starting()
+    return (joined.ray_lost(end), joined.notice_s()) if end is not None else None
 
 
 def saved(error: RayLost) -> str:

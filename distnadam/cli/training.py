@@ -2,14 +2,13 @@
 
 import contextlib
 import os
-import shlex
 import sys
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import click
-from typing_extensions import override
 
 from distnadam.cli import run_file
 from distnadam.cli.group import JSON, Sectioned, echo_json, exit_on_error, main
@@ -21,7 +20,8 @@ from distnadam.cli.optimizer_options import (
     optimizer_options,
 )
 from distnadam.cli.placement_options import placement
-from distnadam.cli.restarting import Run, in_child, saved
+from distnadam.cli.restarting import Run, end_if_stuck, in_child, saved
+from distnadam.cli.resuming import Reached, end_alone, how_to_resume
 from distnadam.cli.run_file import RunFile
 from distnadam.cli.task_names import load_task
 from distnadam.config import BackendName, Options, Settings
@@ -69,8 +69,6 @@ _MEANS = {
     "seconds": " (with start, evaluation and saving)",
 }
 """What is said of a line of the summary."""
-_NOT_REPEATED = ("resume", "verbose", "quiet", "as_json", "dry_run")
-"""Options that the command to resume a run does not need."""
 
 
 @main.command(
@@ -198,13 +196,14 @@ def train(context: click.Context, /, task: str, **options: Any) -> None:
     if run is not None and run.goes_on_in is not None:
         options["checkpoint_dir"] = options["checkpoint_dir"] or run.goes_on_in
         options["resume"] = "auto"
-    reached = _Reached(options["checkpoint_dir"])
-    if run is not None:
-        run.end_if_stuck(lambda: reached.directory or options["checkpoint_dir"])
+    reached = Reached(options["checkpoint_dir"])
+    if context.obj and not (options["local"] or options["dry_run"]):
+        end = run.end if run is not None else partial(end_alone, context, reached)
+        end_if_stuck(end, lambda: reached.directory or options["checkpoint_dir"])
     with (
-        _how_to_resume(context, reached),
+        how_to_resume(context, reached),
         exit_on_error(),
-        _anew_if_ray_dies(run),
+        _anew_if_ray_dies(run, reached),
         # Ray prints to standard output, where only the summary belongs
         contextlib.redirect_stdout(sys.stderr),
     ):
@@ -318,7 +317,7 @@ def _starts_ray(options: Mapping[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def _anew_if_ray_dies(run: Run | None) -> Iterator[None]:
+def _anew_if_ray_dies(run: Run | None, reached: Reached) -> Iterator[None]:
     """End the process if Ray itself died, for its parent to begin the run anew; without a parent
     raise what is saved.
     """
@@ -329,62 +328,8 @@ def _anew_if_ray_dies(run: Run | None) -> Iterator[None]:
             raise
         if run is not None:
             run.end(error)
+        reached.saw(error)
         raise RayLost(saved(error)) from error
-
-
-class _Reached(Callback):
-    """Knows where the checkpoints of a run are, once there is one.
-
-    Args:
-        given: the directory or URL that the command line names, if any.
-    """
-
-    def __init__(self, given: str | None) -> None:
-        self._given = given
-        self.directory: str | None = None
-
-    @override
-    def on_begin(self, step: int, steps: int) -> None:
-        if step > 0:
-            self.directory = self._given
-
-    @override
-    def on_save(self, step: int, path: Path | str) -> None:
-        self.directory = self._given or str(Path(path).parent)
-
-
-@contextlib.contextmanager
-def _how_to_resume(context: click.Context, reached: _Reached) -> Iterator[None]:
-    """Print the command that resumes a run which did not come to its end, if there is one."""
-    try:
-        yield
-    except BaseException:
-        if reached.directory is not None:
-            with contextlib.suppress(OSError):
-                command = _resume_command(context, reached.directory)
-                click.echo(f"distnadam: to go on: {command}", err=True)
-        raise
-
-
-def _resume_command(context: click.Context, checkpoint_dir: object) -> str:
-    """Return the command line that resumes a run, with every option that it was started with."""
-    words = ["distnadam", "train", context.params["task"]]
-    for option in context.command.params:
-        if not isinstance(option, click.Option) or option.name in _NOT_REPEATED:
-            continue
-        flag, value = option.opts[0], context.params[str(option.name)]
-        if option.name == "checkpoint_dir":
-            value = checkpoint_dir
-        if option.is_flag:
-            words += [flag] if value else []
-        elif isinstance(value, dict):
-            for key, label in value.items():
-                words += [flag, f"{key}={label}"]
-        elif isinstance(value, tuple):
-            words += [flag, *map(str, value)]
-        elif value is not None and not (flag.endswith("-cpus") and value == 0):
-            words += [flag, shown(str(value))]
-    return shlex.join(words)
 
 
 def _summary(history: History) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Whole runs of the command on a Ray of its own: killed and resumed, and stopped by Ctrl-C."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -148,30 +149,48 @@ os.read(0, 1)
 """
 
 
+@pytest.fixture
+def head(monkeypatch: pytest.MonkeyPatch) -> Iterator["subprocess.Popen[str]"]:
+    """The process of another Ray, which commands join, and of whose head they are soon tired."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([sys.executable, "-c", HEAD], text=True, **pipes) as process:  # type: ignore[call-overload]
+        monkeypatch.setenv("RAY_ADDRESS", process.stdout.readline().strip())
+        monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "20")
+        yield process
+        process.kill()
+
+
+def ended_by_its_ray(process: "subprocess.Popen[str]") -> str:
+    """Wait until a command ends that says how to go on; return what it has said."""
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == os.EX_TEMPFAIL, stderr
+    for words in ("distnadam: Ray itself died", "is saved in", "to go on: distnadam train "):
+        assert words in stderr
+    assert "Traceback" not in stderr
+    return stderr
+
+
 @pytest.mark.parametrize(
     "victim", [pytest.param("raylet", marks=pytest.mark.nightly), "gcs_server"]
 )
 def test_where_the_ray_of_others_dies_the_status_is_75_and_the_command_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str
+    tmp_path: Path, head: "subprocess.Popen[str]", victim: str
 ) -> None:
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "20")
-    head = subprocess.Popen(
-        [sys.executable, "-c", HEAD],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert head.stdout is not None
-    monkeypatch.setenv("RAY_ADDRESS", head.stdout.readline().strip())
     process = start(*ON_RAY, "--steps", 10**6, "--checkpoint-dir", tmp_path / "run", cwd=tmp_path)
     wait_for(tmp_path / "run", "step_*/manifest.msgpack", process)
     kill_below(head.pid, victim)
-    _, stderr = process.communicate(timeout=120)
-    head.kill()
-    head.communicate()
-    assert process.returncode == os.EX_TEMPFAIL, stderr
-    for words in ("distnadam: Ray itself died", "is saved in", "to go on: distnadam train digits"):
-        assert words in stderr
-    assert "Traceback" not in stderr
+    ended_by_its_ray(process)
+
+
+@pytest.mark.nightly
+def test_it_is_75_too_where_the_run_calls_no_ray_as_its_head_dies(
+    tmp_path: Path, head: "subprocess.Popen[str]"
+) -> None:
+    """Ray itself would end the process with 1."""
+    (tmp_path / "long.py").write_text(EVALUATES_LONG)
+    how = ["--steps", 40, "--save-every", 10, "--evaluate-every", 20, "--checkpoint-dir", "run"]
+    process = start("train", "long.py:Long", *how, cwd=tmp_path)
+    wait_for(tmp_path, "slept", process)
+    kill_below(head.pid, "gcs_server")
+    assert re.search("step (10|20) is saved in .*run", ended_by_its_ray(process))

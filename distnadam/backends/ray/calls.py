@@ -32,7 +32,7 @@ from distnadam.backends.ray.joined import (
     ray_lost,
     require_ray,
     while_ray_lives,
-    why_lost,
+    why_failed,
 )
 from distnadam.errors import (
     ClusterError,
@@ -98,7 +98,7 @@ def translate(error: Exception, callee: Callee) -> Exception:
     | ObjectStoreFullError, OutOfDiskError, also an actor's | InsufficientResources |
     """
     ours: Exception
-    if isinstance(error, RayError) and (end := why_lost()) is not None:
+    if isinstance(error, RayError) and (end := why_failed()) is not None:
         ours = ray_lost(end)
         ours.__cause__ = error
         return ours
@@ -228,9 +228,9 @@ def _gather(
         awaited = [ref for key, ref in refs.items() if key not in gone]
         left_s = max(0.0, deadline - time.monotonic())
         if ended is None:  # one that was lost is repeated while others are silent
-            ready = _ready(awaited, left_s, at_least=1)
+            ready = wait_ready(awaited, left_s, at_least=1)
         else:
-            ready = _ready(awaited, min(left_s, _SLICE_S))
+            ready = wait_ready(awaited, min(left_s, _SLICE_S))
         again = []
         for key, ref in list(refs.items()):
             late = time.monotonic() >= deadline
@@ -254,7 +254,7 @@ def _gather(
     return answers
 
 
-def _ready(refs: list[Any], timeout_s: float, *, at_least: int | None = None) -> set[Any]:
+def wait_ready(refs: list[Any], timeout_s: float, *, at_least: int | None = None) -> set[Any]:
     """Wait until so many are answered, all by default, for so long; return all that are."""
     if not refs:
         return set()
@@ -331,7 +331,7 @@ def ignore_results(refs: Iterable[Any]) -> None:
 
 
 @while_ray_lives()
-def _answers(refs: list[Any], timeout_s: float) -> list[Any]:
+def get_all(refs: list[Any], timeout_s: float) -> list[Any]:
     """Return all answers, or raise the first error, as `ray.get` does, or RayLost."""
     deadline = time.monotonic() + timeout_s
     while True:
@@ -356,7 +356,7 @@ class RayPending(Pending):
     def result(self, timeout_s: float) -> dict[int, Any]:
         refs = list(self._refs.values())
         try:
-            return dict(zip(self._refs, _answers(refs, timeout_s), strict=True))
+            return dict(zip(self._refs, get_all(refs, timeout_s), strict=True))
         except BaseException as error:
             ignore_results(refs)
             if isinstance(error, GetTimeoutError) and not isinstance(error, RayTaskError):
@@ -368,7 +368,7 @@ class RayPending(Pending):
 
     def _failed(self) -> list[int]:
         """Return the shards that are known to have died, or whose call or answer was lost."""
-        ready = _ready(list(self._refs.values()), 0)
+        ready = wait_ready(list(self._refs.values()), 0)
         failed = []
         for index, ref in self._refs.items():
             if ref in ready:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import ray
 
-from distnadam.errors import LifecycleError, RayLost
+from distnadam.errors import DistNadamError, LifecycleError, RayLost
 from distnadam.threads import renew_after_fork
 
 log = logging.getLogger("distnadam")
@@ -32,6 +32,10 @@ _PAUSE_S = 0.1
 _RAYS_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 """The seconds after which Ray ends a process that cannot reach its head."""
 _RAYS_PATIENCE_S = 60.0
+_AWAITED = 1 / 2
+"""The part of these for which a head is waited for that does not answer."""
+_NOTICED = 1 / 6
+"""The part of these in which whoever calls Ray may notice then that it died."""
 _PROCESSES = ("gcs_server", "raylet")
 """Without which there is no Ray."""
 
@@ -47,7 +51,7 @@ class JoinedRay:
         context = ray.get_runtime_context()
         self._owned = owned
         self._head = context.gcs_address
-        self._patience_s = float(os.environ.get(_RAYS_PATIENCE, _RAYS_PATIENCE_S)) / 2
+        self._patience_s = _rays_patience_s() * _AWAITED
         self._raylet, self._pid = _watch_raylet(context.get_node_id())
         self._look_at = self._raylet_at = 0.0
         self._silent_since: float | None = None
@@ -98,6 +102,17 @@ class JoinedRay:
             self.end = f"its head at {self._head} ended"
         elif now - self._silent_since >= self._patience_s:
             self.end = f"its head at {self._head} has not answered for {self._patience_s:g} s"
+
+
+def _rays_patience_s() -> float:
+    return float(os.environ.get(_RAYS_PATIENCE, _RAYS_PATIENCE_S))
+
+
+def notice_s() -> float:
+    """Return for how long, once Ray has died, a call that hangs may go on before Ray ends this
+    process.
+    """
+    return _rays_patience_s() * _NOTICED
 
 
 def _is_readable(descriptor: int) -> bool:
@@ -179,6 +194,16 @@ def why_lost(*, now: bool = True) -> str | None:
     return joined.end
 
 
+def why_failed() -> str | None:
+    """As `why_lost`, where a call of Ray's has failed: wait first for a head that does not answer,
+    which may be why.
+    """
+    joined = _process.joined
+    if joined is not None and ray.is_initialized() and not _process.is_forked:
+        joined.await_head()
+    return why_lost()
+
+
 def is_forked() -> bool:
     """Whether this process was forked from one that had joined Ray."""
     return _process.is_forked
@@ -230,6 +255,7 @@ def while_ray_lives() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not isinstance(error, RayLost) and (end := why_lost()) is not None:
+        look = why_lost if isinstance(error, DistNadamError) else why_failed
+        if not isinstance(error, RayLost) and (end := look()) is not None:
             raise ray_lost(end) from error
         raise

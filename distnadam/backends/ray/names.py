@@ -7,6 +7,8 @@ import ray
 
 from distnadam.backends.ray import registry
 from distnadam.backends.ray.actors import kill_on
+from distnadam.backends.ray.calls import get_all
+from distnadam.backends.ray.joined import while_ray_lives
 from distnadam.backends.ray.nodes import NAMESPACE
 from distnadam.backends.ray.processes import kill_actor
 from distnadam.errors import NotRunning
@@ -18,10 +20,10 @@ def end_optimizer(supervisor: Any, run: str | None) -> None:
     """End an optimizer's processes: by its supervisor if it answers, then whatever is left."""
     if supervisor is not None:
         with contextlib.suppress(Exception):  # it is gone, or stopped
-            ray.get(supervisor.close.remote(), timeout=_CLOSE_S)
+            get_all([supervisor.close.remote()], _CLOSE_S)
         kill_actor(supervisor)
-    with contextlib.suppress(Exception):  # the cluster is gone
-        if run is not None:
+    if run is not None:
+        with contextlib.suppress(Exception), while_ray_lives():  # the cluster is gone
             registry.kill_all(run, kill_on)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from distnadam.backends.ray.calls import Callee, is_lost, translate
+from distnadam.backends.ray.calls import Callee, is_lost, translate, wait_ready
 from distnadam.backends.ray.joined import require_ray, while_ray_lives
 from distnadam.backends.ray.processes import process_start_time
 from distnadam.config import Options
@@ -55,9 +55,7 @@ def await_start(
     facts: dict[int, dict[str, str]] = {}
     while waiting:
         require_ray()
-        ready = ray.wait(list(waiting.values()), num_returns=len(waiting), timeout=_REPORT_EVERY_S)[
-            0
-        ]
+        ready = wait_ready(list(waiting.values()), _REPORT_EVERY_S)
         for index in [i for i, ref in waiting.items() if ref in ready]:
             try:
                 facts[index] = ray.get(waiting.pop(index))
