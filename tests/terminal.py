@@ -71,16 +71,19 @@ class OnTerminal:
         args: of Python.
         directory: where it runs.
         width: of the terminal.
+        environment: beside that of this process.
     """
 
-    def __init__(self, args: list[str], directory: Path, width: int = 80) -> None:
+    def __init__(
+        self, args: list[str], directory: Path, width: int = 80, **environment: str
+    ) -> None:
         self._screen = Screen(width)
         self._master, slave = pty.openpty()
-        environment = os.environ | {"COLUMNS": str(width), "LINES": "60", "TERM": "xterm"}
+        of_terminal = {"COLUMNS": str(width), "LINES": "60", "TERM": "xterm"}
         self.process = subprocess.Popen(
             [sys.executable, "-c", _WITH_TERMINAL, *args],
             cwd=directory,
-            env=environment,
+            env=os.environ | of_terminal | environment,
             stdin=slave,
             stdout=slave,
             stderr=slave,

@@ -20,6 +20,7 @@ from distnadam.optimizer import DistNadam
 from distnadam.places import shown
 from distnadam.training import panel
 from distnadam.training.observed_run import ObservedRun
+from distnadam.training.progress import can_show_panel
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _RATE_S = 1.0
@@ -40,7 +41,11 @@ def on_running(command: _F) -> _F:
 
 @main.command()
 @on_running
-@click.option("--watch", is_flag=True, help="Show the panel of `train`, until Ctrl-C.")
+@click.option(
+    "--watch",
+    is_flag=True,
+    help="Show the panel of `train`, or a report each time where none can be drawn, until Ctrl-C.",
+)
 @click.option(
     "--every",
     default=2.0,
@@ -63,10 +68,11 @@ def status(name: str, address: str | None, *, watch: bool, every: float, as_json
         if as_json:
             for report in reports if watch else [next(reports)]:
                 echo_json(report.to_dict())
-        elif not watch:
-            plain_console().print(render(next(reports)))
+        elif not (watch and can_show_panel(screen := plain_console(soft_wrap=False))):
+            for report in reports if watch else [next(reports)]:
+                plain_console().print(render(report))
         else:
-            with Live(console=plain_console(soft_wrap=False), auto_refresh=False) as live:
+            with Live(console=screen, auto_refresh=False) as live:
                 seen = ObservedRun(name)
                 for report in reports:
                     shown_now = panel.render(seen.view(report))

@@ -34,7 +34,7 @@ _REFRESH_PER_S = 1
 
 
 class ProgressDisplay(Callback):
-    """Shows a run: a live panel on a terminal, else a line every few seconds.
+    """Shows a run: a live panel on a terminal that can, else a line every few seconds.
 
     Args:
         console: where to print.
@@ -46,7 +46,7 @@ class ProgressDisplay(Callback):
         self._console = console
         self._history = history
         self._is_brief = is_brief
-        self._is_live = console.is_terminal and not is_brief
+        self._is_live = can_show_panel(console) and not is_brief
         self._view = RunView(history.checkpoint_dir.name)
         self._live: Live | None = None
         self._printed = time.monotonic()
@@ -136,6 +136,11 @@ class ProgressDisplay(Callback):
         """Print a line, above the panel; a log that cannot be written ends no run."""
         with contextlib.suppress(OSError, ValueError):
             self._console.print(text, highlight=False, markup=False, **how)
+
+
+def can_show_panel(console: Console) -> bool:
+    """Whether a console is a terminal that can draw over what it drew, with the panel's signs."""
+    return console.is_terminal and not (console.is_dumb_terminal or console.options.ascii_only)
 
 
 def display_of(verbose: Verbose, history: History) -> list[Callback]:

@@ -61,6 +61,24 @@ def test_ctrl_c_leaves_one_panel(directory: Path) -> None:
     assert screen.count(TOP) == 1, screen
 
 
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"TERM": "dumb"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"},
+    ],
+    ids=["dumb", "ascii"],
+)
+def test_a_terminal_that_cannot_show_the_panel_gets_lines(
+    environment: dict[str, str], directory: Path
+) -> None:
+    with OnTerminal(["program.py", "40"], directory, **environment) as terminal:
+        status, screen = terminal.end()
+    assert status == 0, screen
+    assert "step 40/40  loss 1" in screen, screen
+    assert "+- run" not in screen and TOP not in screen and "\\u25" not in screen, screen
+
+
 def test_the_screen_of_these_tests_writes_as_a_terminal_does() -> None:
     screen = Screen(10)
     screen.write("one\r\ntwo\x1b[31m!\x1b[0m\r\x1b[1A\x1b[2Kuno\r\n")
