@@ -1,5 +1,5 @@
 """Ordinary rounds of one shard that one message of its own process each makes up, the only member's
-push or a step from outside: as `rounds_ahead` has those that come in frames.
+push or a direct step: as `rounds_ahead` has those that come in frames.
 """
 
 import weakref

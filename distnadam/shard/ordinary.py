@@ -111,7 +111,7 @@ def end(shard: Shard, clock: Clock, lr: float, *, replicates: bool) -> list[Effe
 
 def continues(last: msg.Push | msg.Step, message: msg.Push | msg.Step) -> bool:
     """Whether a message is the one that made up the round before, but for the round, and, of a
-    step from outside, which is one of the same handle, the number; its gradients lie in the same
+    direct step, which is one of the same handle, the number; its gradients lie in the same
     arrays. The message before was ordinary.
     """
     if (

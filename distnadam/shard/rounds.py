@@ -199,7 +199,7 @@ class Rounds:
         return push
 
     def is_in_place(self, message: msg.Step) -> bool:
-        """Whether a step from outside writes the new parameters over those that it reads."""
+        """Whether a direct step writes the new parameters over those that it reads."""
         state = self.progress.state
         return message.in_place and not state.masters and state.copies is None
 
