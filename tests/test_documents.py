@@ -74,3 +74,9 @@ def test_the_checks_find_what_is_not_there() -> None:
     }
     assert FILE.findall("see `checkpoint/gone.py`, ./here.sh") == ["checkpoint/gone.py"]
     assert len(DOCUMENTS) >= 10
+
+
+def test_every_benchmark_is_in_its_page() -> None:
+    modules = {path.name for path in (ROOT / "benchmarks").glob("*.py")} - {"__init__.py"}
+    page = text_of("benchmarks/README.md")
+    assert {name for name in modules - {"__main__.py"} if f"`{name}`" not in page} == set()

@@ -8,7 +8,6 @@ hosts share the other files, /dev/shm and the hostname.
 
 import contextlib
 import functools
-import json
 import os
 import shutil
 import signal
@@ -16,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -289,16 +288,6 @@ class Network:
         self._keeper.communicate()
         for maker in self._makers:
             maker.communicate()
-
-
-def to_json(hosts: Sequence[Host]) -> str:
-    """Describe hosts, so that another process can act on them."""
-    return json.dumps([asdict(host) for host in hosts])
-
-
-def from_json(text: str) -> list[Host]:
-    """Return the hosts that another process described."""
-    return [Host(**fields) for fields in json.loads(text)]
 
 
 def namespace(pid: int) -> str:
