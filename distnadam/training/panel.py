@@ -1,10 +1,12 @@
 """The panel that shows a run on a terminal: what is known of it, and how that is drawn."""
 
 import math
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
@@ -30,6 +32,8 @@ _LABEL_WIDTH = len("waits for")
 _LABEL_STYLE = Style.parse("bright_black")
 _GAP = 2
 """Cells between two columns."""
+_ITEM = re.compile("[^ ](?:[^ ]| (?! ))*")
+"""Of a row, such as a worker with its host: two spaces or more are between two."""
 _HERE = "this process"
 _KEEP = 0.8
 """Of the mean of phases, at each step that is looked at."""
@@ -161,12 +165,26 @@ class _Rows:
         width = max(1, options.max_width - _LABEL_WIDTH - _GAP)
         for label, text in _rows(self._view):
             for line in text.split() if "\n" in text.plain else [text]:
-                parts = [line] if line.cell_len <= width else line.wrap(console, width)
-                for part in parts:
+                for part in _cut(line, width, console):
                     yield Segment(label.ljust(_LABEL_WIDTH + _GAP), _LABEL_STYLE)
                     yield from part.render(console)
                     yield Segment.line()
                     label = ""
+
+
+def _cut(line: Text, width: int, console: Console) -> Iterable[Text]:
+    """Yield a text in parts of a width, cut where two spaces are, and elsewhere only if it must."""
+    if line.cell_len <= width:
+        yield line
+        return
+    begin, cuts = 0, []
+    for item in _ITEM.finditer(line.plain):
+        if item.start() > begin and cell_len(line.plain[begin : item.end()]) > width:
+            begin = item.start()
+            cuts.append(begin)
+    for part in line.divide(cuts):
+        part.rstrip()
+        yield from [part] if part.cell_len <= width else part.wrap(console, width)
 
 
 class _Progress:

@@ -49,6 +49,7 @@ def test_a_panel_is_as_wide_as_its_terminal_and_loses_no_word(width: int, in_col
     words = "".join(line[12:-1] for line in lines[2:-1]).replace(" ", "")
     for word in SHOWN:
         assert word in words, word
+    assert any("apply 0.30" in line for line in lines), "a name and its figure are on one line"
 
 
 def drawn(view: RunView, width: int, *, in_colour: bool) -> list[str]:
