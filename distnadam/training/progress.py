@@ -113,8 +113,11 @@ class ProgressDisplay(Callback):
     @override
     def on_end(self) -> None:
         live, self._live = self._live, None
-        self._view.phase = None
         if live is not None:
+            live.transient = (
+                self._view.phase is not None
+            )  # it came to nothing: no empty panel stays
+            self._view.phase = None
             with contextlib.suppress(OSError, ValueError):
                 live.stop()
 

@@ -1,9 +1,13 @@
 """What a run shows on a terminal: one panel, and above it whole lines, whoever writes them."""
 
+import io
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from distnadam.training.history import History
+from distnadam.training.progress import ProgressDisplay
 from tests.terminal import OnTerminal, Screen
 
 TOP = "\u256d\u2500 run "
@@ -77,6 +81,22 @@ def test_a_terminal_that_cannot_show_the_panel_gets_lines(
     assert status == 0, screen
     assert "step 40/40  loss 1" in screen, screen
     assert "+- run" not in screen and TOP not in screen and "\\u25" not in screen, screen
+
+
+def test_a_run_that_ends_before_it_begins_leaves_no_empty_panel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=True, width=60, legacy_windows=False)
+    display = ProgressDisplay(console, History(tmp_path / "run", tmp_path / "metrics.csv"))
+    display.on_phase("starting Ray")
+    display.on_message("the reason")
+    display.on_end()
+    screen = Screen(60)
+    assert "starting Ray" in written.getvalue()
+    screen.write(written.getvalue().replace("\n", "\r\n"))
+    assert str(screen).strip() == "the reason"
 
 
 def test_the_screen_of_these_tests_writes_as_a_terminal_does() -> None:
