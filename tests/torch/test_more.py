@@ -175,6 +175,23 @@ def test_a_compiled_model_is_stepped_as_the_model_itself() -> None:
     assert a.param_groups[0]["param_names"][0] == "_orig_mod.0.weight"
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch.compile itself
+def test_a_turn_of_the_loop_that_is_compiled_whole_has_its_step_outside_of_the_graph() -> None:
+    one, other = make(), make()
+    a, b = ours.DistNadam(one.named_parameters()), torch.optim.NAdam(other.parameters())
+
+    def turn(model: Any, optimizer: Any, batch: Any) -> None:
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        optimizer.step()
+
+    compiled = torch.compile(turn, backend="eager")
+    for batch in batches(5):
+        compiled(one, a, batch)
+        turn(other, b, batch)
+    assert distance(one, other) < CLOSE
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 def test_a_model_on_a_gpu_ends_where_it_ends_on_a_cpu() -> None:
     one, other = make().cuda(), make()

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import io
 import os
 import pickle
@@ -87,6 +88,24 @@ def test_a_loop_ends_where_torch_s_own_class_ends(name: str, settings: dict[str,
     second = train(other, peer(name, other.parameters(), **settings), batches(40))
     assert distance(one, other) < CLOSE
     assert first == pytest.approx(second, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_its_arguments_are_torch_s_by_name_place_and_default(name: str) -> None:
+    own, (kind, settings) = getattr(ours, name), PEERS[name]
+    found, theirs = (inspect.signature(each.__init__).parameters for each in (own, kind))
+    left_out = theirs.keys() - found.keys()
+    assert left_out <= {"foreach", "capturable", "differentiable", "fused", "amsgrad"}
+    for argument, given in found.items():
+        if argument != "others":
+            assert given.kind == theirs[argument].kind
+            assert given.default == settings.get(argument, theirs[argument].default), argument
+    positional = [n for n, given in theirs.items() if given.kind is given.POSITIONAL_OR_KEYWORD]
+    shared = [n for n in positional if n != "amsgrad"]
+    assert [*found][: len(shared)] == shared
+    weight = torch.nn.Parameter(torch.ones(1))
+    defaults = own([weight]).defaults
+    assert defaults.items() <= kind([weight], **settings).defaults.items()
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
