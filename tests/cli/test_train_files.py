@@ -214,6 +214,21 @@ def test_a_dry_run_finds_a_full_disk_and_a_directory_that_is_none(
     assert call(runner, *args, "run").exit_code == 0, "one checkpoint fits"
 
 
+def test_a_dry_run_finds_a_directory_that_may_not_be_written(runner: Any, tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir(mode=0o500)
+    command = [sys.executable, "-m", "distnadam", "train", "mine.py:Line", "--local", "--dry-run"]
+    if os.geteuid() == 0:  # whom modes do not keep out, unless it is without that capability
+        if shutil.which("setpriv") is None:
+            pytest.skip("there is no setpriv")
+        command = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-all", *command]
+    ended = subprocess.run(
+        [*command, "--checkpoint-dir", "theirs/run"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert ended.returncode == 1
+    (said,) = [line for line in ended.stderr.splitlines() if line.startswith("problem: ")]
+    assert "theirs: cannot be made or written: you may not write there" in said
+
+
 @pytest.mark.slow
 def test_a_zero_that_is_no_default_is_in_the_file(runner: Any, tmp_path: Path) -> None:
     options = ["--local", "--steps", "5", "--optimizer", "adamw", "--weight-decay", "0"]

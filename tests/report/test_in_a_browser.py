@@ -97,6 +97,9 @@ def test_it_reads_well_at_this_width_in_this_scheme(
 
     assert curves() == 5, "two runs, each raw and smoothed, and a recovery"
     assert not overlapping("y", "top", "bottom")
+    tab.locator("#loss .nsewdrag").first.hover()
+    tab.locator("#loss .hoverlayer", has_text="plain").wait_for()
+    assert tab.locator("#throughput .scatterlayer .trace").count() == 2
     tab.locator("#log-x").check()
     assert not overlapping("x", "left", "right")
     tab.locator("#log-x").uncheck()
