@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from distnadam.errors import TrainingError
 from distnadam.extras import how_to_install
 from distnadam.training.task_checks import fingerprint
-from distnadam.training.task_state import StatefulTask
 
 Array = NDArray[Any]
 _drawing = threading.RLock()
@@ -94,7 +93,7 @@ class TorchTask(ABC):
             torch.manual_seed(seed)
             self.module = self.make_module()
         self._draws = True  # until the first step shows
-        if self._buffers() and not isinstance(self, StatefulTask):
+        if self._buffers() and not any(hasattr(self, each) for each in ("state", "load_state")):
             # only then: a rank of a task without state recovers alone
             self.state, self.load_state = self._state, self._load_state
         return {name: _array_of(p).copy() for name, p in self._parameters()}
@@ -139,13 +138,15 @@ class TorchTask(ABC):
             self._draws = any(not torch.equal(*pair) for pair in zip(before, after, strict=True))
 
     def _state(self) -> dict[str, Any]:
-        return {name: _array_of(buffer).copy() for name, buffer in self._buffers().items()}
+        return {name: buffer.detach().clone() for name, buffer in self._buffers().items()}
 
     def _load_state(self, state: dict[str, Any]) -> None:
         torch = self._torch()
         with torch.no_grad():
             for name, buffer in self._buffers().items():
-                buffer.copy_(torch.from_numpy(np.array(state[name])))
+                array = np.array(state[name])
+                known = array.astype(np.float32) if array.dtype.kind == "V" else array  # bfloat16
+                buffer.copy_(torch.from_numpy(known))
 
     def _buffers(self) -> dict[str, Any]:
         """Return the buffers that `state_dict` has, by name."""

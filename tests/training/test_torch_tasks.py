@@ -14,6 +14,7 @@ from distnadam import DistNadam, fit
 from distnadam.checkpoint import store
 from distnadam.cli import main
 from distnadam.errors import TrainingError
+from distnadam.training.task_state import state_of
 from distnadam.training.tasks import charlm
 from distnadam.training.tasks.charlm import CharLM, text_of_grammar, text_of_topics
 from distnadam.training.tasks.digits_torch import DigitsTorch
@@ -197,8 +198,14 @@ def test_a_module_without_buffers_is_a_task_without_state() -> None:
         "1.running_var",
         "1.num_batches_tracked",
     }
-    usual.load_state({name: np.full_like(each, 3) for name, each in usual.state().items()})
+    usual.module[1].running_mean = usual.module[1].running_mean.bfloat16()
+    usual.load_state({name: np.full_like(each, 3) for name, each in state_of(usual).items()})
     assert usual.module[1].num_batches_tracked == 3
+    assert usual.module[1].running_mean.eq(3).all()
+    named = Usual()
+    named.state = "of mind"  # type: ignore[attr-defined]
+    named.init(0)
+    assert named.state == "of mind", "an attribute of the user's stays"  # type: ignore[attr-defined]
 
 
 def _after_init(task: Any) -> Any:
