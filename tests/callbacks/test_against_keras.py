@@ -1,6 +1,7 @@
 """Callbacks beside Keras's own: the same arguments, and the same decisions on the same values."""
 
 import inspect
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from distnadam import DistNadam, callbacks
 from distnadam.callbacks import EarlyStopping, EpochCallback, ReduceLROnPlateau
 from tests.callbacks.test_callbacks import run
 
+os.environ.setdefault("KERAS_BACKEND", "jax")  # Keras reads it when it is imported
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # of Keras
