@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any, TypeVar
 
 from distnadam.errors import ConfigError, LifecycleError
@@ -373,6 +373,7 @@ class ShardHost:
             saved=self.files.directory,
             idle_s=perf_counter() - self._idle_since,
             stepped_s=self._stepped_s,
+            cpu_s=process_time(),
             traffic=self.traffic_of(),
             links=self.links_of(),
         )
