@@ -22,12 +22,13 @@ from distnadam.backends.ray.output import where_reports_are
 from distnadam.backends.ray.placement import Avoid, RecentlyUnreachable
 from distnadam.backends.ray.processes import kill_actor
 from distnadam.config import Options
-from distnadam.errors import ClusterError, VersionMismatch, WorkerLost
+from distnadam.errors import ClusterError, Unrecoverable, VersionMismatch, WorkerLost
 from distnadam.planning.requests import process_awaited, worker_ask
 from distnadam.waiting import REPORT_WAIT_S, say_waiting
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _MISSING = re.compile(r"ModuleNotFoundError: ")
+_OURS = re.compile(r"distnadam\.errors\.(\w+): (.*)")
 _WHERE = re.compile(r"\bip=([^,)\s]+)")
 
 
@@ -183,17 +184,21 @@ class RayWorkerGroup(WorkerGroup):
 
 
 def start_failure(rank: int, error: RayError) -> ClusterError | None:
-    """Return why a worker could not be made where it was to run; None if it died, or lost a shard.
+    """Return why a worker could not be made where it was to run; None if it was, and died.
 
-    Starting it again would change nothing: what it is made of could not be imported there, or
-    failed.
+    Where it is WorkerLost, as a shard that it looked for has died, starting it again may help. Else
+    that would change nothing: what it is made of could not be imported there, or failed, or the
+    shards cannot be recovered.
     """
     if not isinstance(error, RayActorError) or not error.actor_init_failed:
         return None
     report = _COLOURS.sub("", str(error)).strip()
     cause = report.splitlines()[-1]
-    if cause.startswith("distnadam.errors."):
-        return None
+    if (own := _OURS.match(cause)) is not None:  # Ray keeps the text of an error alone
+        kind = Unrecoverable if own[1] == Unrecoverable.__name__ else WorkerLost
+        ours: ClusterError = kind(f"worker {rank}: it could not start: {own[2]}")
+        ours.__cause__ = error
+        return ours
     host = f" on {found[1]}" if (found := _WHERE.search(report)) is not None else ""
     remedy = (
         ": install it there, or keep it beside the task's file" if _MISSING.match(cause) else ""

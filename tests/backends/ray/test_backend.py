@@ -17,6 +17,7 @@ import ray
 
 from distnadam import DistNadam, Options, waiting
 from distnadam.backends.ray.supervisor_client import RaySupervisorClient
+from distnadam.backends.ray.worker_group import RayWorkerGroup
 from distnadam.client.building import start_shards
 from distnadam.client.shard_group import ShardGroup
 from distnadam.config import Settings, Topology
@@ -25,8 +26,10 @@ from distnadam.errors import (
     LifecycleError,
     NameTaken,
     NotRunning,
+    ShardLost,
     StepTimeout,
     Unrecoverable,
+    WorkerLost,
 )
 from distnadam.tensors.layout import Layout
 from tests.models import bits
@@ -212,6 +215,25 @@ def test_a_copy_that_closes_only_detaches() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("raised", "error"), [(Unrecoverable, Unrecoverable), (ShardLost, WorkerLost)]
+)
+def test_a_worker_that_cannot_start_says_why_and_whether_another_start_may_help(
+    raised: type[Exception], error: type[Exception]
+) -> None:
+    def make(rank: int) -> Any:
+        raise raised(f"rank {rank} is without shards")
+
+    group = RayWorkerGroup(1, make, Options(worker_cpus=0), 1)
+    try:
+        group.call(0, "run", 1)
+        [(rank, found)] = group.results(60)
+    finally:
+        group.close()
+    assert rank == 0 and type(found) is error
+    assert str(found) == "worker 0: it could not start: rank 0 is without shards"
+
+
 def test_a_killed_shard_without_restore_point_is_an_error_that_names_the_remedy() -> None:
     options = Options(retain_initial=False)
     with DistNadam(num_shards=2, num_workers=2, backend="ray", options=options).build(
