@@ -19,7 +19,7 @@ from distnadam.nadam.instructions import (
     vector,
 )
 
-_AHEAD = 8
+_AHEAD = 32
 """Arrays between the one that is read and the one whose shape and elements are fetched into the
 cache meanwhile; as many ahead of that is the one that is fetched itself.
 """
