@@ -350,8 +350,8 @@ def test_a_rate_that_no_checkpoint_can_hold_is_refused_before_the_first_step(
             (1.0, {"x": np.zeros(3000)}),
             "worker 0, step 0: worker 0: gradients: 'w' is missing, 'x' is not a tensor",
         ),
-        ("evaluate", None, "evaluate after step 3: the task raised AttributeError"),
-        ("evaluate", {"accuracy": "high"}, "evaluate after step 3: the task raised ValueError"),
+        ("evaluate", None, "evaluate after step 3: expected a dict of numbers by name, got None"),
+        ("evaluate", {"accuracy": "high"}, "evaluate after step 3: accuracy: expected a number"),
     ],
 )
 def test_a_bad_result_of_the_task_is_an_error_with_worker_and_step(
