@@ -173,7 +173,7 @@ def test_a_wait_for_shards_that_get_no_state_ends_and_says_for_what(
     )
     shards = start_shards(settings, Layout.of(START))
     try:
-        with pytest.raises(StepTimeout, match="connecting to 'never': .* did not give"):
+        with pytest.raises(StepTimeout, match=r"connecting to 'never': .* did not give"):
             DistNadam.connect("never")
     finally:
         shards.backend.close(destroy=True)
