@@ -239,9 +239,8 @@ class ShardHost:
             self._outbox.settle()
             if self._is_closed or not self.files.snapshots.copied.is_set():
                 return None
-            parts = self.shard, self._outbox, self._kernel, self._replicator
-            fail = partial(self._fail, Work.STEP, run_work=self._run_work)
-            return prepare(*parts, *last, self._stepped, fail)
+            told = self._stepped, partial(self._fail, Work.STEP, run_work=self._run_work)
+            return prepare(self.shard, self._outbox, self._kernel, self._replicator, *last, *told)
 
     def resume(self) -> None:
         """Send the effects that could not leave before."""
