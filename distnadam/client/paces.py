@@ -16,7 +16,6 @@ class ShardWork:
         elements: that it holds.
         round: the last round that it decided.
         stepped_s: seconds in which its process has computed steps.
-        cpu_s: seconds of CPU time that its process has used.
         sent: bytes sent by TCP to each other host.
         received: bytes received from each.
         links: bytes per second at which the system delivered to each.
@@ -27,7 +26,6 @@ class ShardWork:
     elements: int
     round: int
     stepped_s: float
-    cpu_s: float
     sent: Mapping[str, int]
     received: Mapping[str, int]
     links: Mapping[str, float]
@@ -60,7 +58,6 @@ def _pace(host: str, pairs: Sequence[tuple[ShardWork, ShardWork]]) -> Pace:
     here = [(a, b) for a, b in pairs if b.host == host]
     stepped = sum(b.elements * (b.round - a.round) for a, b in here)
     seconds = sum(b.stepped_s - a.stepped_s for a, b in here)
-    used = sum(b.cpu_s - a.cpu_s for a, b in here)
     away = [(a, b) for a, b in pairs if b.host != host]
     rounds = sum(b.elements * (b.round - a.round) for a, b in away)
     pushed = sum(max(0, b.received.get(host, 0) - a.received.get(host, 0)) for a, b in away)
@@ -72,7 +69,6 @@ def _pace(host: str, pairs: Sequence[tuple[ShardWork, ShardWork]]) -> Pace:
         shards=tuple(b.index for _, b in here),
         elements=sum(b.elements for _, b in here),
         step_s=seconds / stepped if stepped and seconds > 0 else None,
-        cpu_s=used / stepped if stepped and used > 0 else None,
         link_bytes_per_s=max(links, default=None),
         push_bytes=pushed / rounds if rounds else 0.0,
         pull_bytes=pulled / rounds if rounds else 0.0,

@@ -269,7 +269,6 @@ def _work(index: int, host: str, seen: Description) -> ShardWork:
         elements=0 if seen.spec is None else sum(sizes_of(seen.spec.ranges).values()),
         round=seen.round,
         stepped_s=seen.stepped_s,
-        cpu_s=seen.cpu_s,
         sent={there: sent for there, (sent, _) in seen.traffic.items()},
         received={there: received for there, (_, received) in seen.traffic.items()},
         links=seen.links,

@@ -2,10 +2,8 @@
 slowest host's part of a step shortest.
 
 In a round each host receives the pushes for what its shards hold, steps it, and sends it to the
-other hosts; what other hosts hold, its workers push and receive. All this takes CPU time of its
-shards' processes, more than stepping does, and on a CPU that steps half as fast twice as long. So a
-host's part of a step is a convex function of the elements that it holds: what its cable and its
-steps take, or what its CPU takes for all of that, whichever is longer.
+other hosts; what other hosts hold, its workers push and receive. So a host's part of a step is a
+convex function of the elements that it holds.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,7 +31,6 @@ class Pace:
         shards: the indices of its shards.
         elements: that these hold.
         step_s: seconds in which they step one element, if known.
-        cpu_s: seconds of CPU time that their processes use for one element in a round, if known.
         link_bytes_per_s: of its cable, if known.
         push_bytes: that it sends, in a round, for each element that another host holds.
         pull_bytes: that it receives likewise.
@@ -43,7 +40,6 @@ class Pace:
     shards: tuple[int, ...] = ()
     elements: int = 0
     step_s: float | None = None
-    cpu_s: float | None = None
     link_bytes_per_s: float | None = None
     push_bytes: float = 0.0
     pull_bytes: float = 0.0
@@ -191,22 +187,13 @@ def _seconds(paces: Sequence[Pace], pace: Pace, elements: int) -> float:
     total = sum(each.elements for each in paces)
     others = [each for each in paces if each.host != pace.host]
     stepped = elements * (pace.step_s or 0.0)
-    computed = elements * _computed_s(paces, pace)
     if pace.link_bytes_per_s is None:
-        return max(stepped, computed)
+        return stepped
     pushed = elements * sum(each.push_bytes for each in others)
     pulled = elements * sum(each.pull_bytes for each in others)
     rest = total - elements
     moved = max(pushed, rest * pace.push_bytes) + max(pulled, rest * pace.pull_bytes)
-    return max(stepped + moved / pace.link_bytes_per_s, computed)
-
-
-def _computed_s(paces: Sequence[Pace], pace: Pace) -> float:
-    """Return the seconds that a host's CPU takes in a round for one element: the CPU time that it
-    takes on any host, as much longer as the host takes to step.
-    """
-    cpu, step = _usual(each.cpu_s for each in paces), _usual(each.step_s for each in paces)
-    return 0.0 if cpu is None or step is None else cpu * (pace.step_s or 0.0) / step
+    return stepped + moved / pace.link_bytes_per_s
 
 
 def _span(seconds: partial[float], total: int, limit: float) -> tuple[int, int] | None:

@@ -90,7 +90,6 @@ class Description:
         stepped: the last round that was a direct step.
         idle_s: seconds since the shard last computed a step, norms or a load.
         stepped_s: seconds in which its process has computed steps, so far.
-        cpu_s: seconds of CPU time that its process has used, so far.
         traffic: by another host's address, the bytes sent there and received from there by TCP.
         links: likewise, the bytes per second at which the system delivered there last, if known.
     """
@@ -126,6 +125,5 @@ class Description:
     stepped: int = 0
     idle_s: float = 0.0
     stepped_s: float = 0.0
-    cpu_s: float = 0.0
     traffic: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     links: Mapping[str, float] = field(default_factory=dict)

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
-from time import perf_counter, process_time
+from time import perf_counter
 from typing import Any, TypeVar
 
 from distnadam.errors import ConfigError, LifecycleError
@@ -372,7 +372,6 @@ class ShardHost:
             saved=self.files.directory,
             idle_s=perf_counter() - self._idle_since,
             stepped_s=self._stepped_s,
-            cpu_s=process_time(),
             traffic=self.traffic_of(),
             links=self.links_of(),
         )

@@ -27,7 +27,6 @@ def several(draw: st.DrawFn) -> list[Pace]:
                 shards=tuple(range(first, first + shards)),
                 elements=draw(numbers) if shards else 0,
                 step_s=draw(st.none() | st.floats(1e-12, 1e-3)),
-                cpu_s=draw(st.none() | st.floats(1e-12, 1e-3)),
                 link_bytes_per_s=draw(rates),
                 push_bytes=draw(st.sampled_from([0.0, 2.0, 4.0, 8.0])),
                 pull_bytes=draw(st.sampled_from([0.0, 2.0, 4.0])),
@@ -108,19 +107,6 @@ def test_a_halved_cpu_is_named_with_what_it_costs_and_gets_half_as_much() -> Non
     assert after["c"] == pytest.approx(after["a"] / 2, rel=0.01)
 
 
-def test_a_halved_cpu_costs_what_all_work_of_its_shards_takes_longer() -> None:
-    """Stepping is the least of it; a cable that takes longer than all of it hides it."""
-    slow = replace(HOST, step_s=2e-9, cpu_s=9e-9)
-    hosts = [replace(each, cpu_s=9e-9, link_bytes_per_s=1e12) for each in three(slow)]
-    (found,) = slow_hosts(hosts, round_s=0.1)
-    assert (found.what, found.costs_s) == ("CPU", pytest.approx(9e-3))
-    cut = best_cut(hosts)
-    assert cut.after["c"] == pytest.approx(cut.after["a"] / 2, rel=0.01)
-    assert cut.gain == pytest.approx(5 / 3, rel=0.01) and cut.pays
-    shaped = [replace(each, link_bytes_per_s=1e6) for each in hosts]
-    assert [each.costs_s for each in slow_hosts(shaped, round_s=0.05)] == [pytest.approx(1e-3)]
-
-
 def test_hosts_that_are_nearly_equal_are_neither_named_nor_cut_anew() -> None:
     hosts = three(replace(HOST, link_bytes_per_s=0.8e8, step_s=1.2e-9))
     assert slow_hosts(hosts, round_s=1e-3) == ()
@@ -132,8 +118,7 @@ def test_a_slow_host_that_costs_nearly_nothing_of_a_step_is_not_named() -> None:
 
 
 def work(index: int, host: str, round: int, **seen: object) -> ShardWork:
-    spent = {"stepped_s": 0.01 * round, "cpu_s": 0.05 * round}
-    about = {"elements": 100, **spent, "sent": {}, "received": {}, "links": {}}
+    about = {"elements": 100, "stepped_s": 0.01 * round, "sent": {}, "received": {}, "links": {}}
     return ShardWork(index=index, host=host, round=round, **{**about, **seen})  # type: ignore[arg-type]
 
 
@@ -145,8 +130,7 @@ def test_paces_are_what_shards_counted_between_two_looks() -> None:
     ]
     a, b, c = paces(then, now)
     assert (a.host, a.shards, a.elements, a.step_s) == ("a", (0,), 100, pytest.approx(1e-4))
-    assert a.cpu_s == pytest.approx(5e-4)
-    assert (c.shards, c.elements, c.step_s, c.cpu_s) == ((), 0, None, None)
+    assert (c.shards, c.elements, c.step_s) == ((), 0, None)
     assert (a.link_bytes_per_s, b.link_bytes_per_s, c.link_bytes_per_s) == (9e6, 9e6, 1e6)
     assert a.pull_bytes == pytest.approx(4.0)
     assert c.push_bytes == pytest.approx(4000 / 2000)

@@ -87,7 +87,7 @@ class Driven:
         if isinstance(answer, Exception):
             answer = type(answer), str(answer)
         if isinstance(answer, msg.Description):
-            answer = dataclasses.replace(answer, idle_s=0.0, stepped_s=0.0, cpu_s=0.0)
+            answer = dataclasses.replace(answer, idle_s=0.0, stepped_s=0.0)
         self.said.append(answer)
         return answer
 

@@ -68,7 +68,7 @@ class Run:
         """All that was told, and the shards' states."""
         states = []
         for shard in self.shards.all:
-            description = replace(shard.describe(), idle_s=0.0, stepped_s=0.0, cpu_s=0.0)
+            description = replace(shard.describe(), idle_s=0.0, stepped_s=0.0)
             states.append((description, shard.host.control_state, self.bits(shard)))
         return [*self.log, *states]
 
