@@ -21,8 +21,6 @@ from distnadam.shard.ordinary import continues, count_ahead, may_go_ahead
 
 _STEPS = 16
 """Steps whose scalars are computed at a time."""
-_MOST_ELEMENTS = 1 << 20
-"""Elements of a shard whose steps are so short that others may wait for the lock meanwhile."""
 
 
 class RoundsAlone:
@@ -83,8 +81,6 @@ def alone_ahead(
         on_step: called under the lock with the seconds of each step.
         on_error: called with what a step raised once it had begun.
     """
-    if sum(end - begin for begin, end in shard.spec.ranges.values()) > _MOST_ELEMENTS:
-        return None  # what its rounds cost is the step
     if callable(shard.config.lr) or replicator.stream is not None:
         return None  # what must be done at each round
     if not outbox.may_begin or not may_go_ahead(shard, [last]):

@@ -28,8 +28,6 @@ from distnadam.shard.ordinary import count_ahead, may_go_ahead
 
 _ROUNDS = 16
 """Rounds that are prepared for at a time."""
-_MOST_ELEMENTS = 1 << 20
-"""Elements of a shard whose steps are so short that others may wait for the lock meanwhile."""
 
 
 def rounds_ahead(
@@ -54,8 +52,6 @@ def rounds_ahead(
         on_step: called under the lock with the seconds of each step.
         on_error: called with what a step raised once it had begun.
     """
-    if sum(end - begin for begin, end in shard.spec.ranges.values()) > _MOST_ELEMENTS:
-        return None  # what its rounds cost is the step
     stream = replicator.stream
     if stream is not None and stream.mean is not None:
         return None  # which the steps would have to leave for the standby

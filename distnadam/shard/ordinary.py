@@ -17,6 +17,11 @@ from distnadam.shard.machine import Shard
 from distnadam.shard.ordinary_push import members_if_ordinary
 from distnadam.shard.phases import Phase
 
+_MOST_ELEMENTS = 1 << 20
+"""Elements of a shard whose steps are so short that others may wait meanwhile; what the rounds of a
+larger one cost is the step.
+"""
+
 
 def close(shard: Shard, first: msg.Push | msg.Step, *others: msg.Push) -> bool:
     """Enter the pushes that the round in progress still lacks, or a direct step, and close the
@@ -140,8 +145,10 @@ def continues(last: msg.Push | msg.Step, message: msg.Push | msg.Step) -> bool:
 
 def may_go_ahead(shard: Shard, messages: Sequence[msg.Push | msg.Step]) -> bool:
     """Whether every round from the next on is one of `count_ahead`, as long as these workers push
-    alike, or such a step comes from outside, and the shard gets no other message.
+    alike, or such direct steps come, and the shard gets no other message.
     """
+    if sum(end - begin for begin, end in shard.spec.ranges.values()) > _MOST_ELEMENTS:
+        return False
     rounds, progress, hold = shard.rounds, shard.progress, shard.exclusive_hold
     current, members, number = rounds.current, shard.members, shard.progress.round + 1
     if (
