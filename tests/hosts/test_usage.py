@@ -1,8 +1,33 @@
 """What counts as flat."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-from tests.hosts.usage import GROWTH_BYTES, GROWTH_DESCRIPTORS, Life, flat_or_not, role_of
+from tests.hosts.usage import (
+    GROWTH_BYTES,
+    GROWTH_DESCRIPTORS,
+    Life,
+    flat_or_not,
+    own_bytes,
+    role_of,
+)
+
+MAPS = """
+import mmap, sys
+with open(sys.argv[1], "rb") as file:
+    mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+sum(mapped[:: mmap.PAGESIZE])
+print("mapped", flush=True)
+written = bytearray(int(sys.stdin.readline()))
+for at in range(0, len(written), mmap.PAGESIZE):
+    written[at] = 1
+print("written", flush=True)
+sys.stdin.read()
+"""
 
 
 @pytest.mark.parametrize(
@@ -35,3 +60,51 @@ def test_roles_are_read_from_command_lines() -> None:
     assert role_of("nsenter -t 7 -n -- python -m tests.hosts.train {}") is None
     assert role_of("ray::IDLE") is None
     assert role_of("") is None
+
+
+def test_a_file_that_others_have_stopped_mapping_is_not_its_own_and_what_it_writes_is(
+    tmp_path: Path,
+) -> None:
+    """As the compiler's library, 60 MiB, is of the last worker that has it."""
+    size = 8 * 2**20
+    with open(tmp_path / "library", "wb") as file:
+        file.write(os.urandom(size))
+        os.fsync(file.fileno())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", MAPS, file.name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    try:
+        one, other = processes
+        assert _line(one) == _line(other) == "mapped"
+        before, clean = own_bytes(one.pid), _clean_bytes(one.pid)
+        other.kill()
+        other.wait()
+        after = own_bytes(one.pid)
+        if _clean_bytes(one.pid) < clean + size:
+            pytest.skip("temporary files lie in memory here")
+        assert after - before < size / 2
+        assert one.stdin is not None
+        one.stdin.write(f"{size}\n")
+        one.stdin.flush()
+        assert _line(one) == "written"
+        assert own_bytes(one.pid) - after > size / 2
+    finally:
+        for process in processes:
+            with process:
+                process.kill()
+
+
+def _line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def _clean_bytes(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return 1024 * sum(int(each.split()[1]) for each in lines if each.startswith("Private_Clean:"))

@@ -5,6 +5,9 @@ window after its warm-up by no more than a bound. Medians, since a save or a mov
 more for a moment; after a warm-up, since a process takes what it needs at first bit by bit. What a
 relay needs for the shards that it serves and for their workers is not counted as growth, since it
 changes with their number: instead it may serve no more of them than there are.
+
+Memory is what a process has written and no other process has. Pages of files that it maps and has
+not written are nobody's own: they become private by the end of the other processes that map them.
 """
 
 import threading
@@ -33,7 +36,7 @@ _EVERY_S = 2.0
 
 @dataclass
 class Life:
-    """The samples of one process: seconds, bytes that are its alone (USS), and descriptors.
+    """The samples of one process: seconds, bytes of its own, and descriptors.
 
     `kinds` are its descriptors by kind, at the last of them.
     """
@@ -150,7 +153,7 @@ class Watch:
                 number = kinds.total()
                 if role == RELAY:
                     number -= _OF_SHARD * kinds[LISTENS] + _OF_WORKER * kinds[CONNECTED]
-                sample = (monotonic(), _own_bytes(process), number)
+                sample = (monotonic(), own_bytes(pid), number)
                 with self._lock:
                     life = self._lives.setdefault((pid, began), Life(role, pid))
                     life.samples.append(sample)
@@ -158,9 +161,14 @@ class Watch:
                     life.most_served = max(life.most_served, kinds[LISTENS])
 
 
-def _own_bytes(process: Path) -> int:
-    lines = (process / "smaps_rollup").read_text().splitlines()
-    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+def own_bytes(pid: int) -> int:
+    """Return the bytes that a process has written and no other process has.
+
+    Raises:
+        OSError: it has ended.
+    """
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return 1024 * sum(int(each.split()[1]) for each in lines if each.startswith("Private_Dirty:"))
 
 
 def await_none(watch: Watch, patience_s: float) -> list[Life]:
