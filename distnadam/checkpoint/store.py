@@ -16,7 +16,7 @@ from distnadam.checkpoint.manifest import SHARD_FILE, FileRecord, Manifest, shar
 from distnadam.checkpoint.shard_file import check_file_record, verify_files
 from distnadam.checkpoint.storage.base import Directory
 from distnadam.checkpoint.storage.resolve import DirectoryLike, open_directory
-from distnadam.errors import CheckpointError
+from distnadam.errors import CheckpointBusy, CheckpointError
 
 log = logging.getLogger("distnadam")
 
@@ -24,6 +24,8 @@ _T = TypeVar("_T")
 MANIFEST = "manifest.msgpack"
 _STEP = re.compile(r"step_(\d{8,18})")
 _LARGEST_MANIFEST = 64 << 20
+_TRIES = 10
+"""How often others may remove or replace what is looked at before that is an error."""
 
 
 def step_directory(root: DirectoryLike, round: int) -> Directory:
@@ -40,15 +42,19 @@ def step_directory(root: DirectoryLike, round: int) -> Directory:
 
 @contextlib.contextmanager
 def writing(path: DirectoryLike) -> Iterator[None]:
-    """Create one checkpoint's directory and hold it for one save.
+    """Create one checkpoint's directory and hold it for one save, so that nobody removes it.
 
     Raises:
         CheckpointBusy: another save writes there.
     """
     directory = open_directory(path)
-    directory.make()
-    with directory.hold():
-        yield
+    for _ in range(_TRIES):
+        directory.make()
+        with directory.hold() as is_there:
+            if is_there:
+                yield
+                return
+    raise CheckpointError(f"{directory}: is removed whenever it is made")
 
 
 class NewCheckpoint:
@@ -118,8 +124,9 @@ def commit(path: DirectoryLike, manifest: Manifest) -> None:
     for record in manifest.files:
         if sizes.get(record.name) != record.size:
             raise CheckpointError(
-                f"{directory}/{record.name}: a shard wrote it but it is not here; save to a disk "
-                "that every node with a shard shares, or to a URL (s3://...)"
+                f"{directory}/{record.name}: a shard wrote it but it is not here: it was removed "
+                "since, or is on another disk; save to a disk that every node with a shard shares, "
+                "or to a URL (s3://...)"
             )
     directory.replace(MANIFEST, manifest.to_bytes(), temporary=_temporary(manifest.save_id))
     for name in sizes:
@@ -207,7 +214,8 @@ def is_single_checkpoint(path: DirectoryLike) -> bool:
 def candidates(path: DirectoryLike, passed_over: list[str]) -> Iterator[tuple[Directory, Manifest]]:
     """Yield the checkpoints that a path can mean, newest first; the caller verifies their bytes.
 
-    The path of one checkpoint means that one. A directory means each checkpoint under it.
+    The path of one checkpoint means that one. A directory means each checkpoint under it, those
+    included that another process saves while the caller looks at one that it removes.
 
     Args:
         path: one checkpoint, or a directory of them.
@@ -225,16 +233,27 @@ def candidates(path: DirectoryLike, passed_over: list[str]) -> Iterator[tuple[Di
         return
     if not directory.directories() and not directory.files():
         raise CheckpointError(f"{directory}: is no checkpoint and no directory of checkpoints")
-    for step in reversed(step_directories(directory)):
-        try:
-            manifest = load(step)
-            check_files(step, manifest)
-        except CheckpointError as error:
-            passed_over.append(str(error))
-        else:
+    for step in newest_first(directory):
+        for manifest in _manifests(step, passed_over):
             yield step, manifest
     reasons = f": {'; '.join(passed_over)}" if passed_over else ""
     raise CheckpointError(f"{directory}: holds no valid checkpoint{reasons}")
+
+
+def _manifests(step: Directory, passed_over: list[str]) -> Iterator[Manifest]:
+    """Yield one checkpoint's manifest, then that of each save that has replaced it meanwhile."""
+    tried = set[str]()
+    try:
+        while len(tried) < _TRIES and (manifest := load(step)).save_id not in tried:
+            tried.add(manifest.save_id)
+            try:
+                check_files(step, manifest)
+            except CheckpointError as error:
+                passed_over.append(str(error))
+            else:
+                yield manifest
+    except CheckpointError as error:
+        passed_over.append(str(error))
 
 
 def find(path: DirectoryLike) -> tuple[Directory, Manifest, list[str]]:
@@ -294,6 +313,20 @@ def step_directories(root: DirectoryLike) -> list[Directory]:
     return [directory.child(name) for _, name in found]
 
 
+def newest_first(root: DirectoryLike) -> Iterator[Directory]:
+    """Yield the directories under `root` that are named as checkpoints, newest round first.
+
+    Those that appear meanwhile come before older ones: whoever makes them removes these.
+    """
+    seen = set[str]()
+    for _ in range(len(step_directories(root)) + _TRIES):
+        steps = [step for step in step_directories(root) if step.name not in seen]
+        if not steps:
+            return
+        seen.add(steps[-1].name)
+        yield steps[-1]
+
+
 def prune(
     root: DirectoryLike,
     keep: int,
@@ -306,7 +339,7 @@ def prune(
 
     Checkpoints are judged without reading their shards' files. An invalid one is never kept for its
     own sake and does not count as one of the last `keep`; checkpoints of later rounds than `newest`
-    belong to another history and are left alone.
+    belong to another history and are left alone, as is one that somebody writes or removes.
 
     Args:
         root: the directory of checkpoints.
@@ -331,8 +364,10 @@ def prune(
     deleted = []
     for step in reversed(steps):
         if step.name not in kept and (step.name in valid or _round_of(step.name) < oldest_of_last):
-            remove(step)
-            deleted.append(step)
+            with contextlib.suppress(CheckpointBusy), step.hold() as is_there:
+                if is_there:
+                    remove(step)
+                    deleted.append(step)
     return deleted
 
 

@@ -4,7 +4,7 @@ to `build`; and what was replaced from outside since, which going back would los
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -77,18 +77,16 @@ class RestorePoints:
         if generation == self.generation:
             self.changed = None
 
-    def candidates(self) -> list[RestorePoint]:
-        """Return what could be loaded, best first."""
-        found: list[RestorePoint] = []
+    def candidates(self) -> Iterator[RestorePoint]:
+        """Yield what could be loaded, best first."""
         if self.directory is not None:
             try:
-                steps = reversed(store.step_directories(self.directory))
-                found += [RestorePoint(directory=step) for step in steps]
+                for step in store.newest_first(self.directory):
+                    yield RestorePoint(directory=step)
             except CheckpointError as error:
                 log.warning("cannot look for checkpoints: %s", error)
         if self.initial is not None:
-            found.append(RestorePoint(params=self.initial))
-        return found
+            yield RestorePoint(params=self.initial)
 
     def loads(self, point: RestorePoint, specs: Sequence[ShardSpec], load: Load) -> dict[int, Load]:
         """Return the message that has each shard load its part; empty if the point is refused.

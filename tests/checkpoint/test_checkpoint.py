@@ -21,7 +21,9 @@ from safetensors.numpy import load_file
 from distnadam import DistNadam
 from distnadam.checkpoint import store
 from distnadam.checkpoint.manifest import CHUNK_BYTES, Manifest, Position, shard_file_name
-from distnadam.checkpoint.shard_file import read_shard, write_shard
+from distnadam.checkpoint.shard_file import read_shard, verify_files, write_shard
+from distnadam.checkpoint.storage import local
+from distnadam.checkpoint.storage.base import Directory
 from distnadam.checkpoint.storage.local import LocalDirectory
 from distnadam.config import Settings
 from distnadam.errors import CheckpointBusy, CheckpointError
@@ -351,6 +353,57 @@ def test_two_saves_of_one_round_at_once_are_one_checkpoint_and_one_refusal(tmp_p
             CheckpointError, match="is a checkpoint; save to the directory that holds it"
         ):
             optimizer.save(tmp_path / "step_00000000")
+
+
+def test_what_somebody_writes_is_not_pruned_and_what_is_removed_first_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = tmp_path / "step_00000000"
+    with DistNadam(backend="local").build(params()) as optimizer:
+        optimizer.save(tmp_path)
+        optimizer.apply_gradients(params())
+        newest = Path(optimizer.save(tmp_path))
+        with store.writing(step):
+            assert store.prune(tmp_path, 1, newest) == [] and store.verify(step)
+        assert [path.name for path in store.prune(tmp_path, 1, newest)] == [step.name]
+    locked, removed = local.lock, []
+
+    def removed_before(descriptor: int, path: Path) -> bool:
+        if not removed:
+            removed.append(path.rmdir())  # by who held it, between it was opened and locked
+        return locked(descriptor, path)
+
+    monkeypatch.setattr(local, "lock", removed_before)
+    with DistNadam(backend="local").build(params()) as optimizer:
+        assert store.verify(Path(optimizer.save(tmp_path))).round == 0
+    assert removed
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["removed", "replaced"])
+def test_a_reader_beside_one_that_prunes_or_replaces_finds_the_newest(
+    tmp_path: Path, replaced: bool
+) -> None:
+    """Whoever loads a checkpoint that is removed or replaced meanwhile gets the newest of then."""
+    with DistNadam(num_shards=2, backend="local").build(params()) as writer:
+        for _ in range(2):
+            writer.apply_gradients(params())
+            writer.save(tmp_path)
+        loaded = []
+
+        def load(directory: Directory, manifest: Manifest) -> int:
+            if not loaded:
+                if not replaced:
+                    writer.apply_gradients(params())
+                loaded.append(saved := Path(writer.save(tmp_path)))
+                if not replaced:
+                    for old in store.step_directories(tmp_path):
+                        if old.name == directory.name:
+                            store.remove(old)
+                assert saved.name == f"step_{2 if replaced else 3:08d}"
+            verify_files(directory, manifest)
+            return manifest.round
+
+        assert store.load_first_valid(tmp_path, load) == (2 if replaced else 3)
 
 
 @pytest.mark.parametrize(

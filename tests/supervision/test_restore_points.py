@@ -43,7 +43,7 @@ def save_steps(root: Path, steps: int) -> list[str]:
 
 def test_without_a_checkpoint_the_first_parameters_are_cut_for_each_shard() -> None:
     points = RestorePoints(None, retain_initial=True)
-    assert not points.present and points.candidates() == []
+    assert not points.present and list(points.candidates()) == []
     points.begin(PARAMS, None)
     (point,) = points.candidates()
     assert points.present and str(point) == "the first parameters"

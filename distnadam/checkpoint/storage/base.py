@@ -95,8 +95,12 @@ class Directory(ABC):
         """Remove the directory if it exists and is empty."""
 
     @abstractmethod
-    def hold(self) -> contextlib.AbstractContextManager[None]:
-        """Lock this existing directory for one writer; raise CheckpointBusy if another holds it."""
+    def hold(self) -> contextlib.AbstractContextManager[bool]:
+        """Lock this directory for one who writes or removes it; False if it is not there.
+
+        Raises:
+            CheckpointBusy: another holds it.
+        """
 
 
 @contextlib.contextmanager

@@ -125,8 +125,8 @@ class LocalDirectory(Directory):
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         except FileNotFoundError as error:
             raise CheckpointError(
-                f"{path}: cannot be written: its directory is not on this node; save to a disk "
-                "that every node with a shard shares, or to a URL"
+                f"{path}: cannot be written: its directory is not on this node, or was removed "
+                "since; save to a disk that every node with a shard shares, or to a URL"
             ) from error
         except OSError as error:
             raise CheckpointError(
@@ -170,13 +170,17 @@ class LocalDirectory(Directory):
 
     @override
     @contextlib.contextmanager
-    def hold(self) -> Iterator[None]:
-        with os_errors_as(self.path, "opened"):
+    def hold(self) -> Iterator[bool]:
+        descriptor = None
+        with os_errors_as(self.path, "opened"), contextlib.suppress(FileNotFoundError):
             descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        if descriptor is None:
+            yield False
+            return
         try:
             if not lock(descriptor, self.path):
-                raise CheckpointBusy(f"{self.path}: another save is writing it")
-            yield
+                raise CheckpointBusy(f"{self.path}: another save is writing it, or removes it")
+            yield is_open_at(self.path, descriptor)  # who held it before may have removed it
         finally:
             os.close(descriptor)
 

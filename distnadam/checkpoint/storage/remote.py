@@ -182,8 +182,8 @@ class RemoteDirectory(Directory):
 
     @override
     @contextlib.contextmanager
-    def hold(self) -> Iterator[None]:
-        yield  # object stores have no locks: `run_lock` keeps runs apart
+    def hold(self) -> Iterator[bool]:
+        yield True  # object stores have no locks: `run_lock` keeps runs apart
 
     def _at(self, name: str) -> str:
         return f"{self._path}/{name}" if name else self._path
