@@ -167,6 +167,7 @@ class DistNadam(HeldState, set_once={"saves", "restored_data"}):
 
         Raises:
             NotRunning: no optimizer of that name runs.
+            VersionMismatch: it runs with another version of this package.
             StepTimeout: whoever builds it does not give it parameters.
         """
         return _attach(*running(name))

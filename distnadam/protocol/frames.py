@@ -1,13 +1,31 @@
-"""Frames: a body behind its length, so that what a socket yields can be cut again."""
+"""Frames: a body behind its length, so that what a socket yields can be cut again.
+
+Also the version of all that is sent.
+"""
 
 import struct
+from typing import Any
 
 from distnadam.errors import LaneError
 
 HEADER = struct.Struct("<I")
 """The length of the body that follows."""
 
+VERSION = 3
+"""Of the frames, the handshakes and the records of this folder. Raise it with every change of one,
+which `tests/protocol/test_version.py` notices.
+"""
+
 _MOST_BYTES = 1 << 30
+
+
+def check_version(theirs: Any) -> None:
+    """Raise LaneError for a peer that speaks another version of the protocol."""
+    if theirs != VERSION:
+        raise LaneError(
+            f"expected version {VERSION} of the protocol, got {theirs!r:.50}: install the same "
+            "distnadam on every host, and start again what ran before"
+        )
 
 
 def frame_of(body: bytes) -> bytes:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 
 from distnadam.errors import ArenaError, LaneError
-from distnadam.protocol.frames import HEADER, Frames, frame_of
+from distnadam.protocol.frames import HEADER, VERSION, Frames, check_version, frame_of
 from distnadam.threads import start
 from distnadam.transport.forked_sockets import keep_from_children
 from distnadam.transport.spinning import spin
@@ -189,7 +189,7 @@ def connect(
         _check_same_user(sock)
         connection = Connection(sock)
         sock.settimeout(_GREETING_S)
-        connection.send_greeting({"token": address.token, **greeting}, fds)
+        connection.send_greeting({"version": VERSION, "token": address.token, **greeting}, fds)
         data, received = connection.receive_greeting()
         if not data:
             raise LaneError("it closed the connection at the greeting")
@@ -359,6 +359,7 @@ class ConnectionServer:
                 raise LaneError("the greeting is no mapping")
             if not secrets.compare_digest(str(greeting.get("token")), self.address.token):
                 raise LaneError("the token is wrong")
+            check_version(greeting.get("version"))
             connection.greeting = greeting
             answer, given = self._on_greeting(connection, greeting, fds)
         except (LaneError, ArenaError) as error:

@@ -23,6 +23,7 @@ import msgpack
 from typing_extensions import override
 
 from distnadam.errors import LaneError
+from distnadam.protocol.frames import VERSION, check_version
 from distnadam.tensors.arrays import Flat
 from distnadam.transport.traffic import Count, delivery_rate, host_traffic
 from distnadam.transport.turns import Turns
@@ -30,7 +31,6 @@ from distnadam.transport.turns import Turns
 log = logging.getLogger("distnadam")
 
 HANDSHAKE_S = 10.0
-_VERSION = 2
 _NONCE_BYTES = 32
 _HEAD = struct.Struct("<IQ")
 """The bytes of the message, and those of the arrays behind it."""
@@ -255,7 +255,7 @@ class TcpConnection(asyncio.BufferedProtocol):
         """Exchange nonces and proofs: HMAC-SHA256 over both nonces, the role and the greeting."""
         ours = secrets.token_bytes(_NONCE_BYTES)
         if self._greeting is None:
-            self._say({"nonce": ours})
+            self._say({"version": VERSION, "nonce": ours})
             said = yield from self._hear()
             greeting, theirs = _field(said, "greeting", bytes), _field(said, "nonce", bytes)
             self._check(said, "worker", ours + theirs + greeting)
@@ -264,12 +264,13 @@ class TcpConnection(asyncio.BufferedProtocol):
         else:
             content = self._greeting
             greeting = msgpack.packb(dict(content))
-            theirs = _field((yield from self._hear()), "nonce", bytes)
+            said = yield from self._hear()
+            check_version(said.get("version"))
+            theirs = _field(said, "nonce", bytes)
             proof = self._proof("worker", theirs + ours + greeting)
             self._say({"nonce": ours, "greeting": greeting, "proof": proof})
             self._check((yield from self._hear()), "shard", ours + theirs + greeting)
-        if not isinstance(content, dict) or content.get("version") != _VERSION:
-            raise LaneError(f"expected version {_VERSION} of the protocol, got {content!r:.100}")
+        check_version(content.get("version") if isinstance(content, dict) else None)
         self.is_proven = True
         peer = self._transport.get_extra_info("peername")
         if (sock := self._transport.get_extra_info("socket")) is not None:
@@ -344,12 +345,12 @@ def greeting(number: int) -> dict[str, Any]:
     Args:
         number: of its host: a shard sends to the host of the next number first.
     """
-    return {"version": _VERSION, "relay": number}
+    return {"version": VERSION, "relay": number}
 
 
 def primary_greeting(shard: int) -> dict[str, Any]:
     """Return what a primary says of itself to its standby."""
-    return {"version": _VERSION, "shard": shard}
+    return {"version": VERSION, "shard": shard}
 
 
 def parts_of(arrays: Flat) -> Parts:

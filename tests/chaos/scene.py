@@ -162,7 +162,7 @@ class Scene:
 
     def supervisor(self) -> Process:
         """Return the supervisor's process; wait for a named one that died."""
-        pid = self._supervisor.process_id()
+        pid = int(self._supervisor.about()["pid"])
         return Process(pid, process_start_time(pid))
 
     @property

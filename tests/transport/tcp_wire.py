@@ -16,7 +16,7 @@ import numpy as np
 
 from distnadam.errors import LaneError
 from distnadam.protocol.codec import pack, unpack
-from distnadam.protocol.frames import HEADER
+from distnadam.protocol.frames import HEADER, VERSION
 from distnadam.protocol.messages import Leave, Push, RoundResult, TotalNorms
 from distnadam.tensors.arrays import Flat
 from distnadam.transport.tcp_connection import TcpConnection, check_bytes, greeting, parts_of
@@ -102,9 +102,9 @@ def said(content: Any) -> bytes:
     return frame(msgpack.packb(content))
 
 
-def hello(theirs: bytes, ours: bytes = b"w" * 32) -> bytes:
-    """Return what a worker says to a shard's nonce."""
-    text = msgpack.packb(GREETING)
+def hello(theirs: bytes, ours: bytes = b"w" * 32, **other: Any) -> bytes:
+    """Return what a worker says to a shard's nonce, with `other` things in its greeting."""
+    text = msgpack.packb({**GREETING, **other})
     proof = hmac.digest(SECRET, b"worker\0" + theirs + ours + text, hashlib.sha256)
     return said({"nonce": ours, "greeting": text, "proof": proof})
 
@@ -123,12 +123,13 @@ def made(connection: TcpConnection) -> Wire:
     return wire
 
 
-def new_shards_end() -> tuple[TcpConnection, Sink, Wire, bytes]:
+def new_shards_end(**other: Any) -> tuple[TcpConnection, Sink, Wire, bytes]:
     """Return a shard's end, and the worker's hello that it expects."""
     sink = Sink()
     connection = TcpConnection(sink, SECRET)
     wire = made(connection)
-    return connection, sink, wire, hello(msgpack.unpackb(wire.take()[HEAD.size :])["nonce"])
+    nonce = msgpack.unpackb(wire.take()[HEAD.size :])["nonce"]
+    return connection, sink, wire, hello(nonce, **other)
 
 
 def new_workers_end() -> tuple[TcpConnection, Sink, Wire, bytes]:
@@ -137,7 +138,7 @@ def new_workers_end() -> tuple[TcpConnection, Sink, Wire, bytes]:
     connection = TcpConnection(sink, SECRET, GREETING)
     wire = made(connection)
     nonce = b"n" * 32
-    feed(connection, wire, said({"nonce": nonce}), WHOLE)
+    feed(connection, wire, said({"version": VERSION, "nonce": nonce}), WHOLE)
     return connection, sink, wire, proof_of_shard(wire.take(), nonce)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from distnadam.errors import LaneError
-from distnadam.protocol.frames import frame_of
+from distnadam.protocol.frames import VERSION, frame_of
 from distnadam.transport.connection import Address, Connection, ConnectionServer, connect
 from distnadam.transport.loop_thread import LoopThread
 
@@ -129,6 +129,13 @@ def test_a_wrong_token_and_a_refused_greeting_say_so(echo: Echo) -> None:
         connect(echo.server.address, {"name": "unwanted"}, [])
     with pytest.raises(LaneError, match="no lane to the socket distnadam-nowhere"):
         connect(Address("distnadam-nowhere", ""), {}, [])
+    assert echo.greeted == []
+
+
+def test_a_peer_of_another_version_is_refused_by_name(echo: Echo) -> None:
+    for version in (VERSION + 1, None):
+        with pytest.raises(LaneError, match=f"expected version {VERSION} .* got {version}: inst"):
+            connect(echo.server.address, {"name": "me", "version": version}, [])
     assert echo.greeted == []
 
 

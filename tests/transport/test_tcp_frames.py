@@ -5,9 +5,11 @@ import random
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
+from distnadam.protocol.frames import VERSION
 from distnadam.transport.tcp_connection import TcpConnection
 from tests.transport.tcp_wire import (
     FRAMES,
@@ -139,7 +141,20 @@ def test_a_handshake_that_is_replayed_to_another_connection_does_not_prove() -> 
     assert wire.aborted and not other.is_proven and not sink.proofs
 
 
-def test_a_greeting_of_another_version_is_refused_by_name() -> None:
+def test_a_false_proof_is_refused() -> None:
     end, _, wire, _ = new_workers_end()
     feed(end, wire, said({"proof": b"x" * 32}), WHOLE)
     assert wire.aborted and not end.is_proven
+
+
+@pytest.mark.parametrize("version", [VERSION - 1, VERSION + 1, None, "3"])
+def test_a_peer_of_another_version_is_refused_by_name_on_either_side(version: Any) -> None:
+    shard, _, to_worker, hello = new_shards_end(version=version)
+    feed(shard, to_worker, hello, WHOLE)
+    worker = TcpConnection(Sink(), SECRET, GREETING)
+    to_shard = made(worker)
+    feed(worker, to_shard, said({"version": version, "nonce": b"n" * 32}), WHOLE)
+    assert to_shard.sent == b""  # nothing that could prove to it
+    for end, wire in ((shard, to_worker), (worker, to_shard)):
+        assert wire.aborted and not end.is_proven
+        assert f"expected version {VERSION} of the protocol, got {version!r}" in end._why

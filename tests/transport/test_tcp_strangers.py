@@ -15,7 +15,7 @@ import pytest
 from typing_extensions import override
 
 from distnadam.protocol.codec import pack, pack_record
-from distnadam.protocol.frames import HEADER
+from distnadam.protocol.frames import HEADER, VERSION
 from distnadam.protocol.messages import RoundResult
 from distnadam.protocol.supervisor_messages import DetachStandby
 from distnadam.transport import tcp_listener
@@ -36,7 +36,7 @@ def test_who_does_not_know_the_secret_is_refused_on_either_side(
         def answer() -> None:
             sock, _ = echo.accept()
             with sock:
-                sock.sendall(framed({"nonce": b"n" * 32}))
+                sock.sendall(framed({"version": VERSION, "nonce": b"n" * 32}))
                 sock.sendall(sock.recv(4096))
                 sock.recv(1)
 

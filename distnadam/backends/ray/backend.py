@@ -25,6 +25,7 @@ from distnadam.backends.ray.joined import has_ray, require_ray, while_ray_lives
 from distnadam.backends.ray.metrics_exporter import Exporter
 from distnadam.backends.ray.names import end_optimizer, named
 from distnadam.backends.ray.nodes import (
+    UNDERSTOOD,
     await_start,
     check_versions,
     node_facts,
@@ -119,10 +120,16 @@ class RayBackend(Backend):
 
     @classmethod
     def connect(cls, name: str) -> tuple["RayBackend", ShardSpec]:
-        """Return a backend of a running named optimizer, and the spec of its shard 0."""
+        """Return a backend of a running named optimizer, and the spec of its shard 0.
+
+        Raises:
+            VersionMismatch: it runs with another version of this package.
+        """
         connect_or_start(None, start=False)
         supervisor = named(name)
-        spec = RaySupervisorClient(supervisor, name).specs()[0]
+        client = RaySupervisorClient(supervisor, name)
+        check_versions([client.about()], node_facts(), UNDERSTOOD)
+        spec = client.specs()[0]
         backend = cls(supervisor, name, options=spec.options)
         backend._sum_group = spec.config.sum_group
         try:

@@ -19,6 +19,7 @@ from distnadam.backends.ray.joined import require_ray, while_ray_lives
 from distnadam.backends.ray.processes import process_start_time
 from distnadam.config import Options
 from distnadam.errors import ConfigError, InsufficientResources, ShardLost, VersionMismatch
+from distnadam.protocol.frames import VERSION
 from distnadam.transport.available_memory import available_bytes
 from distnadam.versions import CORE_PACKAGES, installed_version
 
@@ -26,6 +27,8 @@ log = logging.getLogger("distnadam")
 
 NAMESPACE = "distnadam"
 """Ray's namespace of every named actor and record of ours."""
+UNDERSTOOD = ("protocol", "distnadam")
+"""The facts that must be equal for two processes to understand each other."""
 _MISSING = re.compile(r"No module named \\?'([\w.]+)")
 _WHERE = re.compile(r"\bip=([^,)\s]+)")
 _START_S = 120.0
@@ -95,19 +98,30 @@ def node_facts() -> dict[str, str]:
         "descriptors": str(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
         "memory": str(available_bytes()),
         "python": ".".join(platform.python_version_tuple()[:2]),
+        "protocol": str(VERSION),
     }
     for package in CORE_PACKAGES:
         facts[package] = installed_version(package) or "missing"
     return facts
 
 
-def check_versions(shards: Sequence[Mapping[str, str]], driver: Mapping[str, str]) -> None:
-    """Raise VersionMismatch naming each node and package that differs from the driver's."""
+def check_versions(
+    processes: Sequence[Mapping[str, str]],
+    driver: Mapping[str, str],
+    packages: Sequence[str] = ("python", "protocol", *CORE_PACKAGES),
+) -> None:
+    """Raise VersionMismatch naming each node and package that differs from the driver's.
+
+    Args:
+        processes: the facts of each.
+        driver: those of this process.
+        packages: what must be equal.
+    """
     differences = {
-        f"node {facts['node']} has {package} {facts[package]}, the driver has {driver[package]}"
-        for facts in shards
-        for package in ("python", *CORE_PACKAGES)
-        if facts[package] != driver[package]
+        f"node {facts['node']} has {package} {facts.get(package)}, the driver has {driver[package]}"
+        for facts in processes
+        for package in packages
+        if facts.get(package) != driver[package]
     }
     if differences:
         raise VersionMismatch(

@@ -117,9 +117,10 @@ class RaySupervisorClient(SupervisorClient):
         status: SupervisorStatus = self._ask("status", self.actor.status.remote)
         return status
 
-    def process_id(self) -> int:
-        """Return the process id of the supervisor that answers now."""
-        return int(self._ask("about", self.actor.about.remote)["pid"])
+    def about(self) -> dict[str, str]:
+        """Return the node, process id and package versions of the supervisor that answers now."""
+        facts: dict[str, str] = self._ask("about", self.actor.about.remote)
+        return facts
 
     @override
     def started(self, *, initial: Flat | None, directory: str | None) -> None:

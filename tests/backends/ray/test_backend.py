@@ -16,6 +16,7 @@ import pytest
 import ray
 
 from distnadam import DistNadam, Options, waiting
+from distnadam.backends.ray import nodes
 from distnadam.backends.ray.supervisor_client import RaySupervisorClient
 from distnadam.backends.ray.worker_group import RayWorkerGroup
 from distnadam.client.building import start_shards
@@ -29,6 +30,7 @@ from distnadam.errors import (
     ShardLost,
     StepTimeout,
     Unrecoverable,
+    VersionMismatch,
     WorkerLost,
 )
 from distnadam.tensors.layout import Layout
@@ -82,7 +84,9 @@ def test_the_shards_ask_for_what_the_options_say() -> None:
         assert ray.available_resources()["CPU"] == free - 3
 
 
-def test_a_named_optimizer_is_found_from_another_process_and_its_name_is_taken() -> None:
+def test_a_named_optimizer_is_found_from_another_process_and_its_name_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     @ray.remote(num_cpus=0)
     def elsewhere() -> int:
         with DistNadam.connect("found") as other:
@@ -94,6 +98,10 @@ def test_a_named_optimizer_is_found_from_another_process_and_its_name_is_taken()
         assert ray.get(elsewhere.remote()) == 1
         assert optimizer.iterations == 1
         assert DistNadam.connect("found").get_config()["lr"] == 0.5
+        with monkeypatch.context() as upgraded:
+            upgraded.setattr(nodes, "VERSION", 7)
+            with pytest.raises(VersionMismatch, match=r"node .* has protocol \d, the driver has 7"):
+                DistNadam.connect("found")
         with pytest.raises(NameTaken, match=r"'found' is running.* `distnadam stop found`"):
             DistNadam(name="found", backend="ray").build(START)
         assert optimizer.apply_gradients(START) == 2

@@ -63,7 +63,7 @@ def backend_of(optimizer: DistNadam) -> RayBackend:
 
 
 def supervisor_of(optimizer: DistNadam) -> int:
-    return backend_of(optimizer).supervisor.process_id()
+    return int(backend_of(optimizer).supervisor.about()["pid"])
 
 
 def processes_of(name: str) -> set[tuple[int, str]]:
