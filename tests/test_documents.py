@@ -20,6 +20,8 @@ MODULE = re.compile(r"python3? -m ((?:benchmarks|distnadam|tests)[\w.]*\w)")
 COMMAND = re.compile(r"distnadam ([a-z]+)\b((?:(?: +| *\\\n *)[^\s`|\\]+)*)")
 NO_FILES = ("RUN/",)
 """What stands for a directory of the reader's."""
+KINDS_OF_CHANGE = ("Added", "Changed", "Deprecated", "Removed", "Fixed", "Security")
+"""As Keep a Changelog names them."""
 
 
 def text_of(document: str) -> str:
@@ -74,6 +76,15 @@ def test_the_checks_find_what_is_not_there() -> None:
     }
     assert FILE.findall("see `checkpoint/gone.py`, ./here.sh") == ["checkpoint/gone.py"]
     assert len(DOCUMENTS) >= 10
+
+
+def test_a_release_has_each_kind_of_change_once() -> None:
+    for release in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split("\n## [")[1:]:
+        kinds = re.findall(r"^### (.*)", release, re.MULTILINE)
+        assert kinds == [kind for kind in KINDS_OF_CHANGE if kind in kinds]
+        for each in release.split("\n### ")[1:]:
+            areas = re.findall(r"^#### (.*)", each, re.MULTILINE)
+            assert len(areas) == len(set(areas))
 
 
 def test_every_benchmark_is_in_its_page() -> None:
