@@ -300,26 +300,29 @@ def make_call(call: Callable[[], Any], callee: Callee) -> Any:
 
 
 def retry_in_background(
-    call: Callable[[], Any], *, on_end: Callable[[], None] = lambda: None
+    call: Callable[[], Any], *, on_death: Callable[[], None] | None = None
 ) -> None:
     """Make an idempotent call without waiting; repeat it while it is lost.
 
     Args:
         call: makes it.
-        on_end: called, in another thread, once the call was answered or its actor died.
+        on_death: called, in another thread, once the actor died; until then the call is repeated
+            after answers too. An actor keeps a call that it has not answered, and the connection
+            that it came by, after its caller has died: let none be held for ever.
     """
 
     def again() -> None:
         with contextlib.suppress(Exception):  # Ray was shut down
-            retry_in_background(call, on_end=on_end)
+            retry_in_background(call, on_death=on_death)
 
     def done(future: Any) -> None:
-        if not is_lost(future.exception()):
-            on_end()
-            return
-        timer = threading.Timer(_PAUSE_S, again)
-        timer.daemon = True
-        timer.start()
+        error = future.exception()
+        if is_lost(error) or (error is None and on_death is not None):
+            timer = threading.Timer(_PAUSE_S, again)
+            timer.daemon = True
+            timer.start()
+        elif on_death is not None:
+            on_death()
 
     call().future().add_done_callback(done)
 

@@ -41,4 +41,4 @@ def on_end_of(supervisor: Any, name: str, ended: Callable[[], None]) -> None:
         timer.daemon = True
         timer.start()
 
-    retry_in_background(supervisor.forever.remote, on_end=look_soon)
+    retry_in_background(supervisor.linger.remote, on_death=look_soon)

@@ -239,7 +239,7 @@ class RayProcessManager(ProcessManager):
             self._on_death(process)
 
         # Ray takes seconds to notice; a socket on this node says so at once
-        retry_in_background(process.handle.forever.remote, on_end=ended)
+        retry_in_background(process.handle.linger.remote, on_death=ended)
         if process.address.node == self._own.node and process.address.socket is not None:
             self._watch.add(process.address.socket, ended)
 

@@ -218,9 +218,9 @@ class ShardActor:
         assert self._host is not None
         return self._host.control_state
 
-    async def forever(self) -> None:
-        """Never return: the end of this call is the end of the process."""
-        await asyncio.Event().wait()
+    async def linger(self) -> None:
+        """Return after a while: a call that fails before is the end of the process."""
+        await asyncio.sleep(self._spec.options.shard_timeout_s)
 
     async def begin(self, control_state: ShardControlState, config: Any) -> None:
         """Standby: begin to follow at this control state; the arrays have come already."""

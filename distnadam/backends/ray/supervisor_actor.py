@@ -198,9 +198,9 @@ class SupervisorActor:
         """Return the relay of a node, as `Relays.on` does."""
         return await self._relays.on(node, gone)
 
-    async def forever(self) -> None:
-        """Never return: the end of this call is the end of the process."""
-        await asyncio.Event().wait()
+    async def linger(self) -> None:
+        """Return after a while: a call that fails before is the end of the process."""
+        await asyncio.sleep(self._specs[0].options.shard_timeout_s)
 
     async def close(self) -> None:
         """Stop watching, and end every process."""

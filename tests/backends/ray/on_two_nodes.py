@@ -89,12 +89,13 @@ def right(num_rounds: int) -> bytes:
 class Two:
     """An optimizer of two shards on the second node, and a worker of each rank on the first."""
 
-    def __init__(self, sum_group: int, **options: Any) -> None:
+    def __init__(self, sum_group: int, name: str | None = None, **options: Any) -> None:
         self.optimizer = DistNadam(
             num_shards=2,
             num_workers=2,
             sum_group=sum_group,
             backend="ray",
+            name=name,
             options=Options(shard_resources={"shard": 1}, **options),
         ).build(PARAMS)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -134,7 +135,9 @@ def _titled(role: str) -> list[int]:
     return [
         pid
         for pid in map(int, filter(str.isdigit, os.listdir("/proc")))
-        if title_of(pid).startswith(f"ray::distnadam {role}") and mine in _environment(pid)
+        if (title := title_of(pid)).startswith("ray::distnadam ")
+        and f" {role}" in title
+        and mine in _environment(pid)
     ]
 
 
@@ -231,6 +234,15 @@ def what_lives_on_keeps_nothing_of_shards_that_are_replaced(two: Two) -> None:
         assert last.total() <= first.total() + 4, (first, last)  # Ray's own vary
 
 
+def a_supervisor_under_a_name_keeps_nothing_of_shards_that_are_replaced(two: Two) -> None:
+    """Each of these shards watches the supervisor, by a call that this holds."""
+    (supervisor,) = supervisors()
+    before = descriptors_of(supervisor)
+    for shards in 3 * (1, 2):
+        two.optimizer.reshard(shards)
+    eventually(lambda: descriptors_of(supervisor).total() <= before.total() + 4)  # Ray's own vary
+
+
 def no_process_has_more_open_than_is_planned(two: Two) -> None:
     two.step(1, 2)
     bounds = [descriptors.of_shard(2, 2, 0)] * 4 + [descriptors.of_relay(2, 2)]
@@ -285,6 +297,7 @@ CASES = {
         a_relay_whose_workers_have_left_ends_and_another_begins_on_demand,
         what_was_replaced_or_resharded_is_read_by_the_next_pull,
         what_lives_on_keeps_nothing_of_shards_that_are_replaced,
+        a_supervisor_under_a_name_keeps_nothing_of_shards_that_are_replaced,
         no_process_has_more_open_than_is_planned,
         status_shows_what_goes_between_hosts_and_what_a_step_waits_for,
         ranks_of_a_group_are_placed_on_one_node_and_the_groups_in_turn,
@@ -301,7 +314,11 @@ def main() -> None:
     cluster.add_node(num_cpus=2, resources={"shard": 4}, **how)
     ray.init(address=cluster.address, log_to_driver=False)
     for name in map(str.strip, sys.stdin):
-        two = Two(sum_group=2 if "group" in name else 1, shard_timeout_s=5.0)
+        two = Two(
+            sum_group=2 if "group" in name else 1,
+            name="held" if "under_a_name" in name else None,
+            shard_timeout_s=5.0,
+        )
         CASES[name](two)
         two.close()
         print(name, flush=True)

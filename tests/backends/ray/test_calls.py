@@ -42,6 +42,7 @@ from distnadam.errors import (
     Unrecoverable,
     WorkerLost,
 )
+from tests.eventually import eventually
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("ray_cluster")]
 
@@ -307,10 +308,13 @@ def test_an_answer_whose_node_died_before_it_was_fetched_is_a_lost_call() -> Non
     assert "shard 2: Failed to retrieve object" in done.stdout, done.stderr
 
 
-def test_the_end_of_an_actor_ends_a_call_in_the_background(actor: Any) -> None:
+@pytest.mark.parametrize("method", ["be_silent", "add"])
+def test_the_end_of_an_actor_ends_a_call_in_the_background_that_is_repeated_after_answers(
+    method: str, actor: Any
+) -> None:
     ended = threading.Event()
-    retry_in_background(actor.be_silent.remote, on_end=ended.set)
-    ray.get(actor.calls.remote())
+    retry_in_background(getattr(actor, method).remote, on_death=ended.set)
+    eventually(lambda: method == "be_silent" or ray.get(actor.calls.remote()) > 2)
     assert not ended.is_set()
     end(actor)
     assert ended.wait(60)
