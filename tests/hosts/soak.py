@@ -125,7 +125,7 @@ class _Soak:
         lives, window_s = watch.lives, self._warm_up_s / 2
         judged = [each for each in lives if each.growth(self._warm_up_s, window_s) is not None]
         self.report.judged = len(judged)
-        self.report.differences += flat_or_not(judged, self._warm_up_s, window_s)
+        self.report.differences += flat_or_not(judged, self._warm_up_s, window_s, self.report.steps)
         most = max(life.most_served for life in lives)
         if most > max(SHARDS):
             self._differ(f"NOT FLAT: a relay served {most} shards, of {max(SHARDS)}")

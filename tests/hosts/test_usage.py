@@ -62,6 +62,15 @@ def test_roles_are_read_from_command_lines() -> None:
     assert role_of("") is None
 
 
+def test_a_driver_may_grow_by_what_its_history_has_and_no_other_process() -> None:
+    steps = 2 * GROWTH_BYTES // 200
+    samples = [(float(second), second * GROWTH_BYTES // 50, 60) for second in range(100)]
+    for role, expected in (("Driver", 0), ("Shard", 1)):
+        life = Life(role, 7, samples)
+        assert len(flat_or_not([life], 20, 10, steps)) == expected
+        assert len(flat_or_not([life], 20, 10)) == 1
+
+
 def test_a_file_that_others_have_stopped_mapping_is_not_its_own_and_what_it_writes_is(
     tmp_path: Path,
 ) -> None:

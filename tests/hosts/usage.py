@@ -1,10 +1,12 @@
 """What each process of a run takes of its host over time: memory of its own and descriptors.
 
 A process is flat if, of each, the median of the last window of its life is above that of the
-window after its warm-up by no more than a bound. Medians, since a save or a move of the state takes
-more for a moment; after a warm-up, since a process takes what it needs at first bit by bit. What a
-relay needs for the shards that it serves and for their workers is not counted as growth, since it
-changes with their number: instead it may serve no more of them than there are.
+window after its warm-up by no more than a bound, the driver's beside what its `History` has.
+Medians, since a save or a move of the state takes more for a moment; after a warm-up, since a
+process takes what it needs at first bit by bit. What a relay needs for the shards that it serves
+and for their workers is not counted as growth, since it changes with their number: instead it may
+serve no more of them than there are. A standby that takes over begins a new life, since it has
+workers to serve from then on.
 
 Memory is what a process has written and no other process has. Pages of files that it maps and has
 not written are nobody's own: they become private by the end of the other processes that map them.
@@ -20,13 +22,16 @@ from statistics import median
 from time import monotonic, sleep
 from typing import Self
 
-from distnadam.backends.ray.output import PREFIX, RELAY, ROLES
+from distnadam.backends.ray.output import PREFIX, RELAY, ROLES, SHARD
 from tests.descriptors import CONNECTED, LISTENS, descriptors_of
 from tests.hosts.network import Host
 
 GROWTH_BYTES, GROWTH_DESCRIPTORS = 16 * 2**20, 12
 """By how much a process may grow and be flat: a supervisor has up to 9 more for six more shards."""
 DRIVER = "Driver"
+_OF_STEP = 256
+"""Bytes that a `History` has of each step: 4 numbers with their places in lists, and 5 in an array.
+"""
 _OF_SHARD, _OF_WORKER = 5, 3
 """What a relay needs for each shard and for each connection of a worker: the sockets themselves,
 what waits for them, TCP's and Ray's to the shard; the worker's memory, which has two.
@@ -69,12 +74,15 @@ def role_of(command: str) -> str | None:
     return DRIVER if words[1:3] == ["-m", "tests.hosts.train"] else None
 
 
-def flat_or_not(lives: Iterable[Life], warm_up_s: float, window_s: float) -> list[str]:
-    """Return a sentence for each process that is not flat."""
+def flat_or_not(
+    lives: Iterable[Life], warm_up_s: float, window_s: float, steps: int = 0
+) -> list[str]:
+    """Return a sentence for each process that is not flat, in a run of so many steps."""
     found = []
     for life in lives:
         grown = life.growth(warm_up_s, window_s)
-        if grown is not None and (grown[0] > GROWTH_BYTES or grown[1] > GROWTH_DESCRIPTORS):
+        most = GROWTH_BYTES + (_OF_STEP * steps if life.role == DRIVER else 0)
+        if grown is not None and (grown[0] > most or grown[1] > GROWTH_DESCRIPTORS):
             found.append(
                 f"NOT FLAT: {life.role.lower()}, process {life.pid}, grew by "
                 f"{grown[0] / 2**20:.1f} MiB and {grown[1]:g} descriptors in "
@@ -93,7 +101,7 @@ class Watch:
 
     def __init__(self, hosts: Callable[[], list[Host]]) -> None:
         self._hosts = hosts
-        self._lives: dict[tuple[int, str], Life] = {}
+        self._lives: dict[tuple[int, str, int], Life] = {}
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -151,11 +159,12 @@ class Watch:
                 began = (process / "stat").read_text().rpartition(")")[2].split()[19]
                 kinds = descriptors_of(pid)
                 number = kinds.total()
+                stage = kinds[LISTENS] if role == SHARD else 0  # one more once it has taken over
                 if role == RELAY:
                     number -= _OF_SHARD * kinds[LISTENS] + _OF_WORKER * kinds[CONNECTED]
                 sample = (monotonic(), own_bytes(pid), number)
                 with self._lock:
-                    life = self._lives.setdefault((pid, began), Life(role, pid))
+                    life = self._lives.setdefault((pid, began, stage), Life(role, pid))
                     life.samples.append(sample)
                     life.kinds = kinds
                     life.most_served = max(life.most_served, kinds[LISTENS])
