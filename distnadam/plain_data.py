@@ -17,6 +17,8 @@ import numpy as np
 from distnadam.errors import ConfigError
 from distnadam.tensors.arrays import dtype_of
 
+NOT_PARSED = (ValueError, RecursionError)
+"""What parsers of JSON and TOML raise: the second where a text is nested without end."""
 MOST_LEVELS = 64
 """How deep values may be nested."""
 _MOST_SHOWN = 80

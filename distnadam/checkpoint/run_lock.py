@@ -98,6 +98,7 @@ class DirectoryLock(RunLock):
         root = self._path.parent
         with os_errors_as(root, "made or written"):
             root.mkdir(parents=True, exist_ok=True)
+        with os_errors_as(self._path, "written"):
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 if not self._lock(descriptor):

@@ -9,6 +9,7 @@ import click
 from distnadam.cli.group import JSON, echo_json, exit_on_error, main
 from distnadam.interop import FORMATS, Converted, export_checkpoint, import_checkpoint
 from distnadam.places import shown
+from distnadam.plain_data import NOT_PARSED
 
 
 def _names(context: click.Context, option: click.Parameter, text: str | None) -> list[str] | None:
@@ -22,7 +23,7 @@ def _settings(
     """Return the mapping of a JSON text; raise UsageError if it is none."""
     try:
         settings = json.loads(text or "{}")
-    except ValueError as error:
+    except NOT_PARSED as error:
         raise click.UsageError(f"--config: expected JSON, got {text!r}: {error}") from error
     if not isinstance(settings, dict):
         raise click.UsageError(f"--config: expected a JSON object, got {text!r}")

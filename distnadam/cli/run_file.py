@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from distnadam.checkpoint.storage.base import os_errors_as
 from distnadam.errors import ConfigError
+from distnadam.plain_data import NOT_PARSED
 from distnadam.training.callbacks import Callback
 
 NAME = "run.toml"
@@ -33,7 +34,7 @@ def read(path: Path, context: click.Context) -> None:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except NOT_PARSED as error:
         raise ConfigError(f"{path}: is no TOML: {error}") from error
     rows: dict[str, Any] = {}
     for key, value in found.items():  # tables are for the reader's eye

@@ -15,8 +15,8 @@ import stat
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from threading import Thread
@@ -78,13 +78,21 @@ def announce(place: Place, name: str) -> None:
     """Say to the other ranks of this host how they join the Ray that has the optimizer."""
     if not place.is_one_host or place.run is None:
         return
-    directory = _directory()
-    descriptor, temporary = tempfile.mkstemp(dir=directory)  # which only this user can read
-    file = open(descriptor, "w")  # noqa: SIM115  # for as long as this process says so
-    json.dump(factory.how_to_join(), file)
-    file.flush()
-    fcntl.flock(file, fcntl.LOCK_EX)
-    os.replace(temporary, directory / name)
+    path = _directory() / name
+    with _errors(path, "written"):
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent)  # which only this user can read
+        file = open(descriptor, "w")  # noqa: SIM115  # for as long as this process says so
+        try:
+            json.dump(factory.how_to_join(), file)
+            file.flush()
+            fcntl.flock(file, fcntl.LOCK_EX)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            with suppress(OSError):
+                file.close()
+            raise
     _announced[name] = file
 
 
@@ -180,26 +188,39 @@ def _await(look: Callable[[], _T | None], name: str, place: Place, timeout_s: fl
 
 def _read(path: Path) -> dict[str, str] | None:
     """Return what a rank 0 that lives has announced; one that was killed may have left another."""
-    try:
-        with path.open() as file:
-            with suppress(BlockingIOError):
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return None
-            found: dict[str, str] = json.load(file)
-            return found
-    except FileNotFoundError:
-        return None
+    with _errors(path, "read"), suppress(FileNotFoundError), path.open() as file:
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return None
+        found: dict[str, str] = json.load(file)
+        return found
+    return None
 
 
 def _directory() -> Path:
     """Return the directory of this user's announcements, which nobody else can write or read.
 
     Raises:
-        ClusterError: somebody else has made it.
+        ClusterError: somebody else has made it, or it cannot be made.
     """
-    path = Path(tempfile.gettempdir()) / f"distnadam-{os.getuid()}"
-    path.mkdir(mode=0o700, exist_ok=True)
-    found = path.lstat()
+    with _errors("the directory of temporary files", "found"):
+        path = Path(tempfile.gettempdir()) / f"distnadam-{os.getuid()}"
+    with _errors(path, "made"):
+        path.mkdir(mode=0o700, exist_ok=True)
+        found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise ClusterError(f"{path} must be a directory that only this user can use")
     return path
+
+
+@contextmanager
+def _errors(what: object, action: str) -> Iterator[None]:
+    """Raise an OSError of the body as a ClusterError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise ClusterError(
+            f"{what}: cannot be {action}: {error.strerror or error}; the ranks of this host meet "
+            "there: set TMPDIR to a directory that can be written, or start a Ray (ray start "
+            "--head) and set RAY_ADDRESS to its address for all ranks"
+        ) from error

@@ -15,6 +15,7 @@ from typing import IO, Any
 import numpy as np
 
 from distnadam.errors import CheckpointError
+from distnadam.plain_data import NOT_PARSED
 from distnadam.tensors.arrays import Array
 
 ABOUT = "about"
@@ -121,7 +122,7 @@ def about_from(where: str, text: str) -> dict[str, Any]:
     """Return the description of `about_text`'s text; raise CheckpointError for any other text."""
     try:
         about = json.loads(text) if len(text) <= _LARGEST_ABOUT else None
-    except (ValueError, RecursionError) as error:
+    except NOT_PARSED as error:
         raise CheckpointError(
             f"{where}: its description cannot be read as JSON: {error}"
         ) from error

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distnadam.errors import ConfigError
+from distnadam.plain_data import NOT_PARSED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class Constants:
         """
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, *NOT_PARSED) as error:
             raise ConfigError(f"{path}: cannot be read as constants: {error}") from error
         return cls.of(found, path)
 

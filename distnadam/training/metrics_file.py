@@ -84,8 +84,10 @@ class MetricsFile(Callback):
             with self._write_errors():  # it was removed, or moved, with its directory
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._file.close()
-                self._file = self._path.open("w", buffering=1, newline="", encoding="utf-8")
-            self._write(*COLUMNS)
+                self._file = self._path.open("a", buffering=1, newline="", encoding="utf-8")
+                is_new = self._file.tell() == 0  # an editor, too, puts another file in its place
+            if is_new:
+                self._write(*COLUMNS)
 
     @override
     def on_end(self) -> None:

@@ -30,6 +30,7 @@ from distnadam.checkpoint.storage.local import is_open_at
 from distnadam.client.status import Status
 from distnadam.errors import CheckpointError, TrainingError
 from distnadam.places import shown
+from distnadam.plain_data import NOT_PARSED
 from distnadam.training.callbacks import Callback
 from distnadam.training.history import History
 from distnadam.training.steps import StepRecord
@@ -203,7 +204,7 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     found = []
     with suppress(FileNotFoundError), path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
-            with suppress(ValueError):
+            with suppress(*NOT_PARSED):
                 event = json.loads(line)
                 if isinstance(event, dict) and _is_whole(event):
                     found.append(event)

@@ -79,7 +79,7 @@ def test_a_directory_on_a_full_disk_is_refused_by_name(
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
     try:
         with (
-            pytest.raises(CheckpointError, match=r"run: cannot be made or written: File too large"),
+            pytest.raises(CheckpointError, match=r"run/.lock: cannot be written: File too large"),
             make_run_lock(open_directory(tmp_path / "run")),
         ):
             pass

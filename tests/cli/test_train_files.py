@@ -127,6 +127,8 @@ def test_a_run_is_run_again_from_its_file_with_the_same_bits(runner: Any, tmp_pa
         ("task = 'digits'\nsteps = 'many'", "steps = 'many': .* not a valid integer"),
         ("task = 'digits'\n[run]\nepochs = 3", "there is no option 'epochs'; known are workers"),
         ("task = ", "is no TOML"),
+        ("steps = " + "9" * 5000, "is no TOML"),
+        ("task = " + "[" * 100_000, "is no TOML"),
     ],
 )
 def test_a_file_that_cannot_be_is_refused_by_name(

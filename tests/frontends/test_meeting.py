@@ -72,6 +72,20 @@ def test_a_directory_that_others_can_use_is_refused(temporary: Path) -> None:
         meeting.announce(HERE, "run-1-0")
 
 
+def test_a_file_that_cannot_be_written_is_named_with_what_to_do(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (meeting._directory() / "run-1-0").mkdir()
+    with pytest.raises(ClusterError, match=r"run-1-0: cannot be written: .* set TMPDIR"):
+        meeting.announce(HERE, "run-1-0")
+    assert [path.name for path in meeting._directory().iterdir()] == ["run-1-0"]
+    (temporary / "file").write_text("")
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary / "file"))
+    for way in (meeting.announce, lambda *which: meeting.attach(*which, 0.2)):
+        with pytest.raises(ClusterError, match=r"file/distnadam-.*: cannot be made: .* set TMPDIR"):
+            way(HERE, "run-1-0")
+
+
 def test_a_rank_waits_for_rank_0_as_long_as_a_step_may_take(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

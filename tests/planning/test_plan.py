@@ -109,6 +109,7 @@ def test_constants_come_back_from_their_file(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("{", "cannot be read as constants"),
+        ("[" * 100_000, "cannot be read as constants"),
         ("[]", "expected the names .* got list"),
         ('{"cores": 2}', "expected the names .* got \\['cores'\\]"),
         (None, "cannot be read as constants"),

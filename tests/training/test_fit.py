@@ -289,6 +289,21 @@ def test_a_second_run_in_the_same_directory_is_refused(tmp_path: Path) -> None:
         train(tmp_path)
 
 
+def test_metrics_that_another_file_has_replaced_are_kept_and_go_on_in_it(tmp_path: Path) -> None:
+    class Edited(Callback):
+        def on_save(self, step: int, saved: Path | str) -> None:
+            if step == 8:  # as an editor saves, or `sed -i`
+                path, copy = tmp_path / "metrics.csv", tmp_path / "copy"
+                shutil.copy(path, copy)
+                copy.replace(path)
+
+    train(tmp_path, steps=20, save_every=4, callbacks=[Edited()])
+    lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert lines[0].startswith("step,") and not any(line.startswith("step,") for line in lines[1:])
+    steps = {step for step, *_ in read_metrics(tmp_path / "metrics.csv")}
+    assert steps >= {*range(1, 9), *range(17, 21)}  # some between went to the other file
+
+
 @pytest.mark.parametrize("how", ["removed", "moved"])
 def test_a_run_whose_directory_goes_away_goes_on_in_a_new_one(
     tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture

@@ -166,6 +166,8 @@ def test_a_line_that_was_damaged_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / NAME
     lines = path.read_bytes().splitlines(keepends=True)
     whole = read_events(path)
+    path.write_bytes(b"".join([lines[0], b"[" * 100_000 + b"\n", *lines[1:]]))
+    assert read_events(path) == whole
     for damage in [(b'"step"', b'"stop"'), (b'"path"', b'"bath"'), (b'": ', b'": "')]:
         damaged = [line.replace(*damage) for line in lines]
         for index in range(1, len(lines)):

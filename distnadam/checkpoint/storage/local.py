@@ -152,7 +152,8 @@ class LocalDirectory(Directory):
             with os_errors_as(self.path / name, "written"):
                 os.replace(self.path / temporary, self.path / name)
         except CheckpointError:
-            self.remove(temporary)
+            with contextlib.suppress(CheckpointError):  # the first error is the one to report
+                self.remove(temporary)
             raise
         with os_errors_as(self.path, "flushed"):
             _sync(self.path)

@@ -138,6 +138,21 @@ def test_a_protocol_without_an_installed_package_is_an_error(url: str) -> None:
         DistNadam.restore(url)
 
 
+def test_a_directory_that_a_file_replaces_is_an_error_about_the_file_that_was_to_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replaced(*paths: Path) -> None:
+        directory.path.rename(tmp_path / "away")
+        directory.path.write_text("")
+        raise NotADirectoryError(errno.ENOTDIR, "Not a directory")
+
+    directory = LocalDirectory(tmp_path / "run")
+    directory.make()
+    monkeypatch.setattr(os, "replace", replaced)
+    with pytest.raises(CheckpointError, match=r"run/last: cannot be written: Not a directory"):
+        directory.replace("last", b"x", temporary=".last")
+
+
 def test_saving_from_nodes_without_a_shared_disk_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
