@@ -155,6 +155,13 @@ def _shared_ray_goes_on() -> Iterator[None]:
     assert is_ray_running() >= before, "this test ended the Ray that others share"
 
 
+@pytest.fixture(autouse=True)
+def _interrupts_are_python_s() -> Iterator[None]:
+    """Take back what Ray Train's `fit` leaves: a handler that heeds no Ctrl-C but the third."""
+    yield
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def is_ray_running() -> bool:
     return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 

@@ -128,18 +128,21 @@ class BaseOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
         It is read from the shards when it is first looked at after a step, by this rank alone. What
         is changed in it is given to the shards at the next step.
         """
-        return self._held.state()
+        return self._held.state.read()
 
     @state.setter
     def state(self, state: State) -> None:
         if state:
-            self._held.replace_state(state)
+            self._held.state.replace(state)
 
     @_outside_graphs
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Push this rank's gradients, wait for the round of all ranks, and update the parameters.
 
-        A single worker without any gradient does nothing, as in torch.
+        A single worker without any gradient does nothing, as in torch. What a step has pushed that
+        a Ctrl-C or a timeout ends counts once; the next one completes it, before its own gradients.
+        After `Rewound` the tensors are what the shards went back to, and what was changed here is
+        dropped.
 
         Args:
             closure: computes the loss, and gradients; called once.
@@ -199,7 +202,7 @@ class BaseOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
         def look(_: object, given: dict[str, Any]) -> None:
             loaded.update(given)
             check_formula(given["param_groups"], formula_of(self.param_groups))
-            self._held.check(self._matched(given))
+            self._held.state.check(self._matched(given))
 
         handle = self.register_load_state_dict_pre_hook(look)
         self._loaded = loaded
@@ -222,7 +225,7 @@ class BaseOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
         It shares nothing with this one. If this one has stepped, the copy is local, of one worker,
         and goes on from the state of now; else it is made as this one was.
         """
-        is_new = self._held.is_new
+        is_new = self._held.state.is_new
         alone = {"rank": 0, "num_workers": 1, "backend": "local", "name": None, "replicas": 0}
         return {
             "defaults": self.defaults,
@@ -245,7 +248,7 @@ class BaseOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
         self._name_tensors()
         if (loaded := self.__dict__.get("_loaded")) is not None:  # as it is, not cast as torch does
             held_state = {**held_state, **self._matched(loaded)}
-        self._held.replace_state(held_state)
+        self._held.state.replace(held_state)
 
     def _name_tensors(self) -> None:
         found: dict[torch.Tensor, str] = {}

@@ -34,6 +34,9 @@ class Gradients:
     Args:
         names: one for each tensor.
         tensors: the model's, each once.
+
+    Attributes:
+        are_read: whether the slots are those of a push in flight, and nobody may write there.
     """
 
     def __init__(self, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> None:
@@ -47,6 +50,7 @@ class Gradients:
         self._sent: list[tuple[torch.Tensor, int] | None] = []
         self._landing = Landing(self._tensors)
         self._from_device: Slots | None = None
+        self.are_read = False
 
     def open(self, tree: dict[str, Any], pinned: PinnedMemory, *, in_place: bool) -> None:
         """Have slots from now on.
@@ -80,7 +84,7 @@ class Gradients:
                 gradients = own()
                 if gradients is None or tensor.grad is None:
                     return
-                if push is None and not gradients._can_cross(tensor.grad):
+                if push is None and (gradients.are_read or not gradients._can_cross(tensor.grad)):
                     return
                 if gradients._sent[index] is not None:
                     raise GradientError(
@@ -149,6 +153,15 @@ class Gradients:
         """Remove the hooks; gradients stay where they are."""
         for handle in filter(None, self._handles):
             handle.remove()
+
+    def leave(self) -> None:
+        """Leave the slots to a push in flight: what lies there and is a `.grad` gets memory of its
+        own, and hooks move nothing there until the push has ended.
+        """
+        self.are_read = True
+        for index, slot in enumerate(self._slots):
+            if self._tensors[index].grad is slot:
+                self._give_memory(index)
 
     def gather(self) -> dict[str, Any] | None:
         """Have each gradient in its slot, to be pushed from there.
@@ -220,7 +233,7 @@ class Gradients:
     def _move(self, index: int, tensor: torch.Tensor) -> None:
         """Move a gradient that the backward pass has made into its slot."""
         gradient = tensor.grad
-        if gradient is None or gradient is self._slots[index]:
+        if gradient is None or gradient is self._slots[index] or self.are_read:
             return
         if _kind_of(gradient) != _kind_of(self._slots[index]):  # the model was moved or converted
             return
@@ -246,10 +259,14 @@ class Gradients:
                 ".detach() or .numpy()), and its memory is used again: keep a .clone()"
             )
         if sys.getrefcount(self._slots[index]) > _LISTED_ALONE:  # this very tensor is kept
-            kept = self._slots[index]
-            kept.set_(kept.clone())
-            self._slots[index] = as_torch(self._arrays[index])
-            self._storages[index] = self._slots[index].untyped_storage()
+            self._give_memory(index)
+
+    def _give_memory(self, index: int) -> None:
+        """Have a slot of its own anew, and the tensor that was the slot memory of its own."""
+        kept = self._slots[index]
+        kept.set_(kept.clone())
+        self._slots[index] = as_torch(self._arrays[index])
+        self._storages[index] = self._slots[index].untyped_storage()
 
 
 def _require_readable(name: str, gradient: torch.Tensor) -> None:

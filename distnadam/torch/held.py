@@ -1,39 +1,28 @@
 """What one optimizer of torch's form holds in this process: the model's tensors by name, the worker
-and the shards, and the state as it was last looked at.
+and the shards.
 
 It is one object, however many wrappers share the optimizer's attributes, as Lightning's does.
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from distnadam.errors import LifecycleError, RanksDisagree
+from distnadam.errors import LifecycleError, NonFiniteGradient, RanksDisagree, Rewound
+from distnadam.shield import shield
 from distnadam.torch.arrays import as_torch
 from distnadam.torch.checkpoints import beside, check_beside, read_checkpoint
 from distnadam.torch.ddp import find_wrapper, require_no_all_reduce
 from distnadam.torch.device_copies import PinnedMemory, device_of
 from distnadam.torch.gradients import Gradients
 from distnadam.torch.groups import Settings, check_formula, values_of
+from distnadam.torch.held_state import HeldState
 from distnadam.torch.parameters import Parameters
 from distnadam.torch.shards import Shards
-from distnadam.torch.state_dict import (
-    HALF,
-    MASTER,
-    State,
-    check_state,
-    digest,
-    flat_of,
-    has_master,
-    masters_of,
-    new_state,
-    same,
-    state_of,
-)
+from distnadam.torch.state_dict import HALF
 
 
 class Held:
@@ -45,6 +34,7 @@ class Held:
         push_dtype: to which gradients are rounded; None: they are not.
 
     Attributes:
+        state: each tensor's clock and moments, as torch has them.
         names: of the tensors.
         vote: whether this rank's gradients for the coming round overflowed.
         clip: the largest norm of the mean gradient of the coming round; None does not clip.
@@ -56,6 +46,7 @@ class Held:
         self, shards: Shards, *, overlap: bool = False, push_dtype: str | None = None
     ) -> None:
         self.shards = shards
+        self.state = HeldState(shards)
         self._push_dtype = push_dtype
         self._overlap = overlap
         self.vote = False
@@ -71,20 +62,7 @@ class Held:
         self._pinned = PinnedMemory()
         self._seen: list[int] = []
         self._is_pushed = False  # each gradient by itself, as the backward pass yields it
-        self._state: State | None = None
-        self._others: dict[Any, Any] = {}
-        self._versions: list[tuple[Any, int]] = []
-        self._is_replaced = False  # the state, by one that the shards do not have
-
-    @property
-    def has_product(self) -> bool:
-        """Whether the state has the product of a momentum schedule."""
-        return self.shards.formula == "nadam"
-
-    @property
-    def is_new(self) -> bool:
-        """Whether there is no state but that before the first step."""
-        return not self.shards.is_built and not self._is_replaced
+        self._is_cut = False  # a step, before the tensors had its round
 
     def name(self, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> None:
         """Have these tensors, which are not stepped yet, by these names."""
@@ -92,74 +70,7 @@ class Held:
         self._tensors = list(tensors)
         self._known = None
         self.names = dict(zip(tensors, names, strict=True))
-        if not self._is_replaced:
-            self._forget_state()
-
-    # -- the state
-
-    def state(self) -> State:
-        """Return the state as it is now on the shards, or as it was replaced or edited here."""
-        if self._state is None:
-            if self.shards.is_built:
-                clock, moments = self.shards.read()
-                self._state = state_of(
-                    self.shards.layout,
-                    clock,
-                    moments,
-                    self._by_name(),
-                    has_product=self.has_product,
-                    pull_dtype=self.shards.pull_dtype,
-                )
-            else:
-                self._state = new_state(self._tensors, has_product=self.has_product)
-            self._versions = _versions(self._state)
-            self._state |= self._others
-            self._others = {}
-        return self._state
-
-    def _forget_state(self) -> None:
-        """Have the state read anew, but for what users keep in it that is of no tensor."""
-        if self._state is not None:
-            self._others = {k: v for k, v in self._state.items() if k not in self.names}
-        self._state = None
-
-    def replace_state(self, state: State) -> None:
-        """Have another state from the next step on, unless it is the present one to the bit."""
-        full = new_state(self._tensors, has_product=self.has_product)
-        others = {k: v for k, v in state.items() if k not in self.names}
-        for tensor, each in state.items():
-            if tensor in full:
-                known = {*full[tensor]}
-                if has_master(tensor, self.shards.pull_dtype):
-                    known.add(MASTER)
-                full[tensor] |= {k: _as_tensor(v) for k, v in each.items() if k in known}
-        now = self.state()
-        for tensor, each in full.items():  # torch's own classes have no masters
-            if MASTER in now[tensor] and MASTER not in state.get(tensor, {}):
-                each[MASTER] = now[tensor][MASTER]
-        if all(same(full[tensor], now[tensor]) for tensor in full):
-            now |= others
-            return
-        self._state = defaultdict(dict)
-        self._state |= {t: {k: v.clone() for k, v in each.items()} for t, each in full.items()}
-        self._versions = _versions(self._state)
-        self._state |= others
-        self._is_replaced = True
-
-    def check(self, state: State) -> None:
-        """Raise StructureError for a state that the tensors cannot have."""
-        rounding = self.shards.pull_dtype
-        check_state(state, self.names, has_product=self.has_product, pull_dtype=rounding)
-
-    @property
-    def _is_edited(self) -> bool:
-        """Whether the state was replaced, or a tensor of it changed in place, since it was read."""
-        return self._is_replaced or (
-            self._state is not None and _versions(self._state) != self._versions
-        )
-
-    def _by_name(self) -> dict[str, torch.Tensor]:
-        return dict(zip(self._names, self._tensors, strict=True))
+        self.state.name(self.names)
 
     # -- a step
 
@@ -192,37 +103,85 @@ class Held:
                 self._running = self._build(settings)
         # shards of this process, the tensors and the state are of one round, whatever interrupts it
         with self.shards.optimizer.shards.backend.shield:
-            self._step(self._running, settings)
+            try:
+                self._step(self._running, settings)
+            except Rewound:
+                self._go_back(self._running)
+                raise
+            except BaseException:
+                if self.shards.worker.session.in_flight is not None:
+                    with shield:
+                        self._is_cut = True
+                        self._running.gradients.leave()
+                raise
 
     def _step(self, running: "_Running", settings: Settings) -> None:
         parameters, gradients = running.parameters, running.gradients
+        if self._is_cut:
+            self._complete(running)
         self._take_over(parameters, settings)
         given = self._sent(gradients) if self._is_pushed else gradients.gather()
-        vote, self.vote = self.vote, False
-        self._forget_state()
-        stepped = self.shards.step(settings, None if vote else given, found_inf=vote)
+        vote, self.vote, self.clip = self.vote, False, None
+        self.state.forget()
+        self._is_cut = True
+        try:
+            stepped = self.shards.step(settings, None if vote else given, found_inf=vote)
+        except (NonFiniteGradient, RanksDisagree):  # no shard has moved
+            self._is_cut = False
+            raise
         self.overflowed = self.shards.worker.found_inf
         if settings.clip is not None:
             norm = self.shards.worker.gradient_norm
             self.norm.fill_(math.nan if norm is None else norm)
-        self.clip = None
         self._pin()
-        parameters.take(stepped)
+        with shield:
+            parameters.take(stepped)
+            self._is_cut = False
+
+    def _complete(self, running: "_Running") -> None:
+        """Complete the push in flight, if any, and have the shards' parameters in the tensors, but
+        for those that were changed since they were last written.
+        """
+        parameters = running.parameters
+        changed = [parameters.tensors[index] for index in parameters.changed()]
+        kept = [tensor.detach().clone() for tensor in changed]
+        stepped = self.shards.pull()
+        with shield, torch.no_grad():
+            parameters.hand_out(stepped)
+            parameters.take(stepped)
+            for tensor, value in zip(changed, kept, strict=True):
+                tensor.copy_(value)
+            running.gradients.are_read = self._is_cut = False
+        if not self.state.is_edited:
+            self.state.forget()
+
+    def _go_back(self, running: "_Running") -> None:
+        """Have what the shards went back to; what was changed here was of a later round."""
+        running.parameters.forget()
+        self.state.drop()
+        self._is_cut = True
+        self._complete(running)
 
     def _sent(self, gradients: Gradients) -> dict[str, Any] | None:
         """Send what the backward pass has not; return what to push where it has sent nothing."""
         push = self.shards.worker.push_tensor
         return None if gradients.gather_sent(push) else dict.fromkeys(self._names)
 
+    def _push_tensor(self, name: str, gradient: Any) -> None:
+        """Push one tensor's gradient from the backward pass."""
+        try:
+            self.shards.worker.push_tensor(name, gradient)
+        except Rewound:
+            assert self._running is not None
+            self._go_back(self._running)
+            raise
+
     def rejoin(self, settings: Settings) -> None:
         """Have the parameters of a training that this rank takes part in again."""
         parameters = Parameters(self._names, self._tensors, self._pinned)
         if self.shards.rejoin(parameters.as_tree(), settings):
             self._running = self._open(parameters, in_place=self._may_move_gradients())
-            stepped = self.shards.pull()
-            parameters.hand_out(stepped)
-            parameters.take(stepped)
-            self._forget_state()
+            self._complete(self._running)
 
     def _build(self, settings: Settings) -> "_Running":
         parameters = Parameters(self._names, self._tensors, self._pinned)
@@ -257,7 +216,7 @@ class Held:
         self._is_pushed = self._overlap and (is_here or self.shards.are_far)
         self._pin()
         if self._is_pushed:
-            gradients.send(self.shards.worker.push_tensor)
+            gradients.send(self._push_tensor)
         else:
             in_place = in_place and not self._overlap
             gradients.open(self.shards.gradients(half), self._pinned, in_place=in_place)
@@ -283,7 +242,7 @@ class Held:
             self.shards.move_parameters()
             parameters.hand_out(self.shards.pull())
         parameters.require_finite()
-        changed, is_edited = parameters.changed(), self._is_edited
+        changed, is_edited = parameters.changed(), self.state.is_edited
         if changed or is_edited or self.shards.differ(settings):
             with torch.no_grad():
                 self._give(parameters, settings, changed, is_edited=is_edited)
@@ -291,22 +250,19 @@ class Held:
     def _give(
         self, parameters: Parameters, settings: Settings, changed: Sequence[int], *, is_edited: bool
     ) -> None:
-        words, state_of, exact = [], None, {}
+        words, flat = [], None
+        exact: dict[str, Any] = {}
         if changed:
             words.append(parameters.in_words(changed))
         if self.shards.differ(settings):
             words.append(settings.in_words())
         if is_edited:
-            beta_1 = None if self.has_product else settings.betas[0]
-            state = self.state()
-            self.check(state)
-            state_of = flat_of(self.shards.layout, state, self._by_name(), beta_1=beta_1)
-            words.append(f"the state ({digest(state, self._tensors)})")
-            exact = masters_of(state, self._by_name(), self.shards.pull_dtype)
+            said, flat, exact = self.state.to_give(settings.betas[0])
+            words.append(said)
         params = parameters.as_tree() | exact if changed or exact else None
         names = frozenset(self._names[index] for index in changed) | exact.keys()
         try:
-            self.shards.replace("; ".join(words), settings, params, names, state_of)
+            self.shards.replace("; ".join(words), settings, params, names, flat)
         except RanksDisagree as error:
             if self.shards.worker.session.round == 1:
                 error.add_note(
@@ -314,7 +270,7 @@ class Held:
                     "(torch.manual_seed) before the model is made, or load the same state_dict"
                 )
             raise
-        self._is_replaced = False
+        self.state.is_replaced = False
         parameters.hand_out(self.shards.pull())
 
     # -- checkpoints
@@ -333,17 +289,17 @@ class Held:
         """Take parameters, state and buffers from a checkpoint; return the groups' settings."""
         loaded = read_checkpoint(
             path,
-            self._by_name(),
-            has_product=self.has_product,
+            self.state.by_name,
+            has_product=self.state.has_product,
             pull_dtype=self.shards.pull_dtype,
         )
         groups, kept = check_beside(loaded.beside, num_groups, buffers)
         with torch.no_grad():
-            for name, tensor in self._by_name().items():
+            for name, tensor in self.state.by_name.items():
                 tensor.copy_(as_torch(loaded.params[name]))
             for name, buffer in buffers.items():
                 buffer.copy_(as_torch(kept[name]))
-        self.replace_state(loaded.state)
+        self.state.replace(loaded.state)
         return groups
 
     def drop(self) -> None:
@@ -367,18 +323,3 @@ class _Running:
 
     parameters: Parameters
     gradients: Gradients
-
-
-def _as_tensor(value: Any) -> torch.Tensor:
-    return value.detach() if isinstance(value, torch.Tensor) else torch.tensor(float(value))
-
-
-def _versions(state: State) -> list[tuple[Any, int]]:
-    """Return which tensors a state has, and how often each was changed in place."""
-    return [
-        (id(value), value._version)
-        for tensor, each in state.items()
-        if isinstance(tensor, torch.Tensor)
-        for value in each.values()
-        if isinstance(value, torch.Tensor)
-    ]

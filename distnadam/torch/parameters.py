@@ -152,6 +152,10 @@ class Parameters:
         compared = zip(self._copied, self._places, strict=True)
         return [i for i, place in compared if _memcmp(place, places[i], sizes[i])]
 
+    def forget(self) -> None:
+        """Take none to be changed until values are handed out or taken again."""
+        self._handed = None
+
     def in_words(self, changed: Sequence[int]) -> str:
         """Return changed tensors by name, each with a digest of its bits, for the other ranks."""
         return in_words([(self.names[i], digest_of(self.tensors[i])) for i in changed])

@@ -21,6 +21,7 @@ import distnadam  # noqa: E402
 from distnadam.errors import NonFiniteGradient, StructureError  # noqa: E402
 from distnadam.torch.arrays import as_array, bits_of  # noqa: E402
 from distnadam.torch.held import Held  # noqa: E402
+from distnadam.torch.held_state import HeldState  # noqa: E402
 from tests.torch.models import batches as batches_of_six  # noqa: E402
 from tests.torch.models import bits, loss_of, make, train  # noqa: E402
 
@@ -361,15 +362,17 @@ def test_a_square_tensor_that_is_transposed_is_stepped_as_it_is_seen() -> None:
     assert bits(pair.models[0]) == bits(pair.models[1])
 
 
-@pytest.mark.parametrize("place", ["_pin", "_forget_state", "_take_over"])
+@pytest.mark.parametrize(
+    ("owner", "place"), [(Held, "_pin"), (HeldState, "forget"), (Held, "_take_over")]
+)
 def test_an_interrupt_leaves_tensors_and_state_of_one_round(
-    place: str, monkeypatch: pytest.MonkeyPatch
+    owner: type, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair = Pair(wide(), num_shards=2)
     pair.train(batches(2))
-    whole = getattr(Held, place)
+    whole = getattr(owner, place)
 
-    def interrupted(held: Held, *given: Any) -> None:
+    def interrupted(held: Any, *given: Any) -> None:
         signal.raise_signal(signal.SIGINT)
         whole(held, *given)
 
@@ -377,7 +380,7 @@ def test_an_interrupt_leaves_tensors_and_state_of_one_round(
         assert int(optimizer.state[model[0].weight]["step"]) == 2
         loss_of(model, batches(1)[0]).backward()
         with monkeypatch.context() as patched:
-            patched.setattr(Held, place, interrupted)
+            patched.setattr(owner, place, interrupted)
             with pytest.raises(KeyboardInterrupt):
                 optimizer.step()
         assert torch.is_grad_enabled()
