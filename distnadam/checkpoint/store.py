@@ -305,12 +305,8 @@ def load_first_valid(path: DirectoryLike, load: Callable[[Directory, Manifest], 
 def step_directories(root: DirectoryLike) -> list[Directory]:
     """Return the directories under `root` that are named as checkpoints, oldest round first."""
     directory = open_directory(root)
-    found = sorted(
-        (int(match[1]), name)
-        for name in directory.directories()
-        if (match := _STEP.fullmatch(name))
-    )
-    return [directory.child(name) for _, name in found]
+    names = filter(_STEP.fullmatch, directory.directories())
+    return [directory.child(each) for each in sorted(names, key=lambda n: (_round_of(n), n))]
 
 
 def newest_first(root: DirectoryLike) -> Iterator[Directory]:
@@ -339,7 +335,8 @@ def prune(
 
     Checkpoints are judged without reading their shards' files. An invalid one is never kept for its
     own sake and does not count as one of the last `keep`; checkpoints of later rounds than `newest`
-    belong to another history and are left alone, as is one that somebody writes or removes.
+    belong to another history and are left alone, as is one that somebody writes or removes. One
+    that cannot be deleted is logged, and tried again by the next call.
 
     Args:
         root: the directory of checkpoints.
@@ -364,10 +361,14 @@ def prune(
     deleted = []
     for step in reversed(steps):
         if step.name not in kept and (step.name in valid or _round_of(step.name) < oldest_of_last):
-            with contextlib.suppress(CheckpointBusy), step.hold() as is_there:
-                if is_there:
-                    remove(step)
-                    deleted.append(step)
+            try:
+                with step.hold() as is_there:
+                    if is_there:
+                        remove(step)
+                        deleted.append(step)
+            except CheckpointError as error:
+                if not isinstance(error, CheckpointBusy):
+                    log.warning("an old checkpoint stays: %s", error)
     return deleted
 
 

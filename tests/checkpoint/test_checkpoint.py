@@ -379,6 +379,29 @@ def test_what_somebody_writes_is_not_pruned_and_what_is_removed_first_is_made_ag
     assert removed
 
 
+def test_one_that_cannot_be_pruned_stays_and_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a disk that was mounted read-only, or in a bucket where one may not delete."""
+    unlink = os.unlink
+
+    def refused(path: Any, **how: Any) -> None:
+        if "step_00000002" in str(path):
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        unlink(path, **how)
+
+    with DistNadam(backend="local").build({"w": np.ones(3)}) as optimizer:
+        for _ in range(4):
+            optimizer.apply_gradients({"w": np.ones(3)})
+            newest = optimizer.save(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refused)
+        deleted = store.prune(tmp_path, 1, newest)
+    assert [path.name for path in deleted] == ["step_00000003", "step_00000001"]
+    assert "stays: " in caplog.text and "cannot be removed: Operation not permitted" in caplog.text
+    assert [path.name for path in store.prune(tmp_path, 1, newest)] == ["step_00000002"]
+
+
 @pytest.mark.parametrize("replaced", [False, True], ids=["removed", "replaced"])
 def test_a_reader_beside_one_that_prunes_or_replaces_finds_the_newest(
     tmp_path: Path, replaced: bool
