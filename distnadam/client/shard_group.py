@@ -316,7 +316,9 @@ class ShardGroup:
             self.backend.transport.refresh()
 
         if cuts != self.ranges:
-            self._said_if_long(f"reshard to {len(cuts)} shards", move)
+            self._said_if_long(
+                f"reshard to {len(cuts)} shards, which start and load the state", move
+            )
 
     def for_all(self, message: Message) -> dict[int, Message]:
         """Return the same message for every shard."""

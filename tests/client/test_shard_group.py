@@ -118,7 +118,10 @@ def test_a_handle_raises_a_rewind_once_and_takes_its_knowledge_along() -> None:
 @pytest.mark.parametrize(
     ("what", "call"),
     [
-        ("reshard to 2 shards", lambda group: group.reshard(2)),
+        (
+            "reshard to 2 shards, which start and load the state",
+            lambda group: group.reshard(2),
+        ),
         ("reading params, m", lambda group: group.read(("params", "m"))),
         ("writing m", lambda group: group.fill({"m": {"float32": W}})),
         ("setting lr", lambda group: group.set_config({"lr": 0.5})),
