@@ -24,6 +24,7 @@ from distnadam.transport.connection import (
     connect,
     use_batch_scheduling,
 )
+from distnadam.transport.home_core import HomeCore, partner_first
 from distnadam.transport.shared_memory import Arena
 from distnadam.transport.spinning import has_free_cores, spin
 
@@ -71,6 +72,7 @@ class ShmClient:
         self._number = 0
         self._thread = 0
         self._spins = False
+        self._home = HomeCore(rank, 0)
         self._last: tuple[bytes, tuple[int, Any]] = b"", (0, None)
         self._asked: Iterable[int] = ()  # the shards that the last number was sent to
         self._parts: Sequence[Flat] = ()
@@ -143,6 +145,8 @@ class ShmClient:
         self._connections[shard] = connection
         self._peers[shard] = peer
         self._shard_of[connection.fileno()] = shard
+        pairs = min(answer["workers"], len(self._ranges)) if self.complete else 0
+        self._home = HomeCore(self._rank, pairs)
         self._poll.register(connection.fileno(), select.EPOLLIN)
 
     def reset(self, ranges: list[Ranges], incarnation: int) -> None:
@@ -246,8 +250,10 @@ class ShmClient:
         """Wait for one shard's answer after the other, as long as each comes soon: so this thread
         is woken less often than by a wait for all.
         """
-        for shard in reversed([*self._asked]):
-            if shard not in answers:
+        with self._home:
+            for shard in partner_first([*self._asked], self._rank):
+                if shard in answers:
+                    continue
                 connection = self._connections[shard]
                 if connection.has_unsent:
                     return

@@ -20,6 +20,7 @@ from distnadam.transport.connection import (
     ConnectionServer,
     connect,
 )
+from distnadam.transport.home_core import HomeCore, partner_first
 from distnadam.transport.shared_memory import Arena
 from distnadam.transport.spinning import has_free_cores, processes_of
 
@@ -94,7 +95,7 @@ class ShmServer:
         self._at_once = at_once
         self._ahead: Ahead | None = None
         self._in_a_row = 0  # rounds that were stepped at once
-        # who was answered last, and whose next pushes are awaited together, the last one first
+        # who was answered last, and whose next pushes are awaited together
         self._answered: list[_WorkerEnd] = []
         self._expected: Sequence[_WorkerEnd] = ()
         self._spec = spec
@@ -104,6 +105,7 @@ class ShmServer:
         # by rank; kept after a worker's end, for a push that is counted later
         self._newest: dict[int, _WorkerEnd] = {}
         self._processes = processes_of(spec)
+        self._home = HomeCore(spec.index, 0)
         self._spins = spins = loop is None and has_free_cores(self._processes)
         self._server = ConnectionServer(
             self._greet,
@@ -168,7 +170,11 @@ class ShmServer:
             )
             self._workers[connection] = worker
             self._newest[worker.rank] = worker
-        return {"processes": self._processes}, [self._parameters.fd]
+            all_are_here = self.ranks == set(range(self._spec.num_workers))
+            pairs = min(self._spec.num_shards, self._spec.num_workers) if all_are_here else 0
+            self._home = HomeCore(self._spec.index, pairs)
+        answer = {"processes": self._processes, "workers": self._spec.num_workers}
+        return answer, [self._parameters.fd]
 
     def _take(self, connection: Connection, frame: bytes) -> None:
         worker = self._workers[connection]
@@ -179,7 +185,8 @@ class ShmServer:
         self._answered.clear()
         self._deliver(message, reply, run_in_this_thread)
         if len(self._answered) >= min(2, len(self._workers)) and self._at_once is not None:
-            self._expected = self._answered[::-1]  # a round's workers
+            round_of = sorted(self._answered, key=lambda worker: worker.rank)
+            self._expected = partner_first(round_of, self._spec.index)
 
     def _take_rounds(self) -> bool:
         """Take rounds while the pushes of each come soon, for a moment; return whether those of the
@@ -191,19 +198,24 @@ class ShmServer:
         until = time.monotonic() + AWAIT_S
         while self._expected and time.monotonic() < until:
             expected, self._expected = self._expected, ()
-            came: _Came = []
-            for worker in expected:
-                came.append((worker, frames := worker.await_frames(spins=self._spins)))
-                if not frames or time.monotonic() > until + AWAIT_S:
-                    break
-            else:
-                if self._take_ahead(came) or self._take_round(came):
-                    self._expected = expected
-                    continue
+            came = self._await(expected, until + AWAIT_S)
+            if len(came) == len(expected) and (self._take_ahead(came) or self._take_round(came)):
+                self._expected = expected
+                continue
             self._ahead, self._in_a_row = None, 0
             for worker, frames in came:
                 self._server.take(worker.connection, frames)
         return bool(self._expected)
+
+    def _await(self, expected: "Sequence[_WorkerEnd]", until: float) -> "_Came":
+        """Return what comes from each of those, up to the first from which nothing does."""
+        came: _Came = []
+        with self._home:
+            for worker in expected:
+                came.append((worker, frames := worker.await_frames(spins=self._spins)))
+                if not frames or time.monotonic() > until:
+                    break
+        return came
 
     def _take_round(self, came: "_Came") -> bool:
         """Step the round that each worker's frame is a push for, and answer them; return False if
