@@ -26,8 +26,9 @@ import numpy as np
 
 from distnadam.config import BackendName, Options
 from distnadam.errors import ConfigError, StructureError
+from distnadam.frontends.changes import differing
 from distnadam.frontends.host_calls import HostCalls
-from distnadam.frontends.replica import Replica, distinct, same_bits
+from distnadam.frontends.replica import Named, Replica, distinct
 from distnadam.groups import Group
 from distnadam.hyperparameters import Formula
 from distnadam.tensors.arrays import Array
@@ -35,6 +36,7 @@ from distnadam.tensors.leaves import as_numpy
 
 __all__ = ["DistAdam", "DistAdamW", "DistNadam", "DistNadamW", "UpdateState"]
 
+_Take = Callable[[list[Array]], None]
 Mask = Any
 """A tree of bools like the parameters', or a function from these to one."""
 
@@ -128,7 +130,9 @@ class DistNadam:
         """Push this rank's gradients, wait for the round, and return the new parameters.
 
         Args:
-            params: a pytree of arrays; what was changed since the last step is taken over.
+            params: a pytree of arrays; what was changed since the last step is taken over. After
+                `Rewound`, a Ctrl-C or a timeout those of before are no change: the shards go on
+                from their own, which `cluster.get_params()` returns by name.
             grads: a pytree of the same structure.
 
         Returns:
@@ -147,8 +151,13 @@ class DistNadam:
                 "alone, and step with what they are; or use transformation()"
             )
         self._expected = None
-        new = self._step(self._listed(params, "params"), self._listed(grads, "grads"))
-        return jax.tree.unflatten(self._structure, list(map(_on_device_of, leaves, new)))
+        new: list[Any] = []
+
+        def take(arrays: list[Array]) -> None:
+            new[:] = map(_on_device_of, leaves, arrays)
+
+        self._step(self._listed(params, "params"), self._listed(grads, "grads"), take)
+        return jax.tree.unflatten(self._structure, new)
 
     def transformation(self) -> Any:
         """Return an optax.GradientTransformation whose update steps the shards.
@@ -212,37 +221,45 @@ class DistNadam:
                 "and thrown away, or made twice, and the shards have stepped; to sum micro-batches "
                 "average the gradients before they come here"
             )
+        differences: list[Array] = []
+
+        def take(new: list[Array]) -> None:
+            differences[:] = [q - p for p, q in zip(arrays, new, strict=True)]
+
         if self._expected is not None:
-            pairs = zip(self._names, arrays, self._expected, strict=True)
-            odd = [name for name, array, held in pairs if not same_bits(array, held)]
-            if odd:
+            expected, given = (
+                dict(zip(self._names, each, strict=True)) for each in (self._expected, arrays)
+            )
+            if odd := differing(expected, given):
                 raise StructureError(
                     f"{odd[0]}: the client's parameters are not those that the last update led "
                     "to: apply updates as they are, or use step(params, grads)"
                 )
             held = self._replica.handed_out()
-            new = self._stepped([np.asarray(held[name]) for name in self._names], grads)
+            self._stepped([np.asarray(held[name]) for name in self._names], grads, take)
         else:
-            new = self._step(arrays, grads)
-        differences = [q - p for p, q in zip(arrays, new, strict=True)]
+            self._step(arrays, grads, take)
         self._expected = [p + d for p, d in zip(arrays, differences, strict=True)]
         self._count += 1
         return differences
 
-    def _step(self, values: Sequence[Any], grads: Sequence[Any]) -> list[Array]:
+    def _step(self, values: Sequence[Any], grads: Sequence[Any], take: _Take) -> None:
         params = [as_numpy(value) for value in values]
         if not self._replica.is_started:
             named = dict(zip(self._names, params, strict=True))
             self._replica.start(named, groups=self._groups())
-        return self._stepped(params, grads)
+        self._stepped(params, grads, take)
 
-    def _stepped(self, params: Sequence[Array], grads: Sequence[Any]) -> list[Array]:
+    def _stepped(self, params: Sequence[Array], grads: Sequence[Any], take: _Take) -> None:
         rate = None
         if self._rate is not None:
             rate = float(self._rate(self._replica.optimizer.iterations))
         named, pushed = (dict(zip(self._names, each, strict=True)) for each in (params, grads))
-        stepped = self._replica.step(named, pushed, lr=rate)
-        return [np.asarray(stepped[name]) for name in self._names]
+
+        def taken(new: Named) -> None:
+            take([np.asarray(new[name]) for name in self._names])
+
+        self._replica.step(named, pushed, taken, lr=rate)
 
     def _listed(self, tree: Any, what: str) -> list[Any]:
         """Return a tree's leaves; the first gives their names and the structure."""

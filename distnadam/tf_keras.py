@@ -103,7 +103,8 @@ class DistNadam(tf_keras.optimizers.legacy.Optimizer):
     ) -> Any:
         """Push this rank's gradients, wait for the round, and assign the new parameters.
 
-        The first call says which variables there are.
+        The first call says which variables there are. After `Rewound` they are what the shards went
+        back to.
 
         Returns:
             The number of calls so far, a variable.
@@ -134,9 +135,7 @@ class DistNadam(tf_keras.optimizers.legacy.Optimizer):
         if not self._replica.is_started:
             self._replica.start(params, lr=rate)
         gradients = dict(zip(self._names, given, strict=True))
-        stepped = self._replica.step(params, gradients, lr=rate)
-        for tensor, variable in zip(self._names, self._stepped, strict=True):
-            variable.assign(np.array(stepped[tensor]))  # the shards overwrite what it is made of
+        self._replica.step(params, gradients, self._assign, lr=rate)
         self.iterations.assign_add(1)
         return self.iterations
 
@@ -212,6 +211,10 @@ class DistNadam(tf_keras.optimizers.legacy.Optimizer):
     def _begin(self, variables: list[Any]) -> None:
         self._stepped = variables
         self._names = distinct([variable.name for variable in variables])
+
+    def _assign(self, params: Mapping[str, Array]) -> None:
+        for tensor, variable in zip(self._names, self._stepped, strict=True):
+            variable.assign(np.array(params[tensor]))  # the shards overwrite what it is made of
 
     def _params(self) -> dict[str, Array]:
         values = [variable.numpy() for variable in self._stepped]

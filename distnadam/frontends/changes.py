@@ -1,12 +1,12 @@
 """What a framework has changed of the parameters that it holds, between two steps."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import xxhash
 
 from distnadam.client.shard_group import ShardGroup
-from distnadam.tensors.arrays import Flat
+from distnadam.tensors.arrays import Array, Flat
 from distnadam.tensors.layout import Layout
 
 _SHOWN = 4
@@ -58,3 +58,21 @@ def with_changed(shards: ShardGroup, params: Flat, changed: frozenset[str]) -> F
         if tensor.path in changed:
             np.copyto(master, held)
     return masters
+
+
+def differing(held: Mapping[str, Array], params: Mapping[str, Array]) -> list[str]:
+    """Return the names of the tensors whose bits differ."""
+    each = params.items()
+    return [name for name, array in each if not same_bits(np.asarray(held[name]), array)]
+
+
+def same_bits(one: Array, other: Array) -> bool:
+    """Whether two arrays of one shape have the same dtype and bits.
+
+    >>> same_bits(np.array([0.0]), np.array([-0.0])), same_bits(np.array(1.0), np.array(1.0))
+    (False, True)
+    """
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    kind = f"u{one.dtype.itemsize}"
+    return bool(np.array_equal(np.asarray(one).view(kind), np.asarray(other).view(kind)))

@@ -7,7 +7,7 @@ named NumPy arrays and one optimizer, no framework.
 import atexit
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,14 +16,23 @@ import numpy as np
 from distnadam.client.agreement import agree_on
 from distnadam.client.user_state import params_from
 from distnadam.config import Options
-from distnadam.errors import ConfigError, LifecycleError, StepTimeout, StructureError
+from distnadam.errors import (
+    ConfigError,
+    LifecycleError,
+    NonFiniteGradient,
+    RanksDisagree,
+    Rewound,
+    StepTimeout,
+    StructureError,
+)
 from distnadam.frontends import meeting
-from distnadam.frontends.changes import digest_bytes, in_words, with_changed
+from distnadam.frontends.changes import differing, digest_bytes, in_words, same_bits, with_changed
 from distnadam.frontends.ranks import find_place
 from distnadam.groups import Group
 from distnadam.interop import OptimizerState
 from distnadam.nadam.step_scalars import Clock, TensorClock, TensorClocks
 from distnadam.optimizer import DistNadam
+from distnadam.shield import shield
 from distnadam.tensors.arrays import Array
 from distnadam.worker import Worker
 
@@ -122,6 +131,7 @@ class Replica:
         self.use_ema: bool = plan["use_ema"]
         self._joined: tuple[DistNadam, Worker] | None = None
         self._slots: Slots | None = None
+        self._left: Named | None = None  # in the framework, by a step that was cut
         self._is_closed = False
         self._process: int | None = None
 
@@ -184,21 +194,25 @@ class Replica:
         self,
         params: Named,
         gradients: Mapping[str, Any] | None,
+        take: Callable[[Named], None],
         *,
         lr: float | None = None,
         found_inf: bool = False,
-    ) -> Named:
-        """Push gradients, wait for the round, and return the new parameters.
+    ) -> None:
+        """Push gradients, wait for the round, and have the framework take the new parameters.
+
+        What a step has pushed that a Ctrl-C or a timeout ends counts once; the next one completes
+        it, before its own gradients. What the framework still has of before such a step, or of
+        before `Rewound`, is no change of the user's.
 
         Args:
             params: what the framework holds now; what differs from what the last step returned is
                 taken over first.
             gradients: by name; they may be reused at once. None with `found_inf`.
+            take: gets the new parameters, read-only arrays that are good until the next call; or,
+                before `Rewound` is raised, those that the shards went back to. No signal cuts it.
             lr: the learning rate of this step, equal on all ranks; None: the optimizer's.
             found_inf: see `Worker.push`.
-
-        Returns:
-            Read-only arrays, good until the next call.
 
         Raises:
             RanksDisagree: ranks have changed different things; nothing was changed.
@@ -206,9 +220,38 @@ class Replica:
             And as `Worker.step`.
         """
         optimizer, worker = self._running()
-        self._take_over(optimizer, worker, params)
-        stepped: Named = worker.step(gradients, found_inf=found_inf, lr=lr)
-        return stepped
+        is_given = False
+        try:
+            self._take_over(optimizer, worker, self._without_left(worker, params))
+            is_given = True
+            stepped: Named = worker.step(gradients, found_inf=found_inf, lr=lr)
+            with shield:
+                take(stepped)
+                self._left = None
+        except (NonFiniteGradient, RanksDisagree):  # no shard has moved
+            raise
+        except BaseException as error:
+            is_rewound = isinstance(error, Rewound)
+            if is_given or is_rewound:
+                with shield:
+                    self._left = {name: np.array(array) for name, array in params.items()}
+            if is_rewound:
+                stepped = worker.pull()
+                with shield:
+                    take(stepped)
+            raise
+
+    def _without_left(self, worker: Worker, params: Named) -> Named:
+        """Return what the framework holds, and for what a step that was cut has left there the
+        shards' own, once the push in flight is completed.
+        """
+        if (left := self._left) is None:
+            return params
+        own: Named = worker.pull()
+        return {
+            name: own[name] if same_bits(left[name], np.asarray(array)) else array
+            for name, array in params.items()
+        }
 
     @property
     def found_inf(self) -> bool:
@@ -258,7 +301,7 @@ class Replica:
 
     def _take_over(self, optimizer: DistNadam, worker: Worker, params: Named) -> None:
         """Have the shards hold what the framework has changed, on all ranks alike."""
-        changed = _differing(worker.parameters(), params)
+        changed = differing(worker.parameters(), params)
         if not changed:
             return
         shards, epoch = optimizer.shards, 0
@@ -326,31 +369,13 @@ def distinct(names: Sequence[str]) -> list[str]:
     return list(found)
 
 
-def _differing(held: Named, params: Named) -> list[str]:
-    """Return the names of the tensors whose bits differ."""
-    each = params.items()
-    return [name for name, array in each if not same_bits(np.asarray(held[name]), array)]
-
-
-def same_bits(one: Array, other: Array) -> bool:
-    """Whether two arrays of one shape have the same dtype and bits.
-
-    >>> same_bits(np.array([0.0]), np.array([-0.0])), same_bits(np.array(1.0), np.array(1.0))
-    (False, True)
-    """
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    kind = f"u{one.dtype.itemsize}"
-    return bool(np.array_equal(np.asarray(one).view(kind), np.asarray(other).view(kind)))
-
-
 def _require_same(held: Named, params: Named, rank: int) -> None:
     if list(held) != list(params):
         odd = sorted(set(held) ^ set(params)) or ["their order"]
         raise StructureError(
             f"rank {rank}: this model is not rank 0's: {', '.join(map(repr, odd[:3]))} differ"
         )
-    if changed := _differing(held, params):
+    if changed := differing(held, params):
         raise StructureError(
             f"rank {rank}: {changed[0]!r} does not begin as on rank 0: initialise the model from "
             "one seed on all ranks (keras.utils.set_random_seed, torch.manual_seed, "

@@ -190,16 +190,10 @@ class DistOptimizer(keras.optimizers.Optimizer):
             super().build(list(variables))
         finally:
             self.use_ema = self._replica.use_ema
-        self._names = tuple(distinct([getattr(v, "path", v.name) for v in self._stepped()]))
+        self._names = tuple(distinct([getattr(v, "path", v.name) for v in self.stepped_variables]))
         if self._pending is not None:
             self._take(self._pending)
             self._pending = None
-
-    def _stepped(self) -> list[Any]:
-        """Return the variables that the shards hold: all but those that Keras overwrites."""
-        return [
-            v for v in self._trainable_variables if not self._overwrite_variable_with_gradient(v)
-        ]
 
     @override
     def _backend_apply_gradients(self, grads: Any, trainable_variables: Any) -> None:
@@ -223,7 +217,7 @@ class DistOptimizer(keras.optimizers.Optimizer):
 
     def _step(self, given: Mapping[int, Any], where: Any = None) -> None:
         """Step by gradients by variable; traced by JAX, only `where` that is true at run time."""
-        variables = self._stepped()
+        variables = self.stepped_variables
         values = [v.value for v in variables]
         gradients = [given.get(id(v)) for v in variables]
         rate, count = keras.ops.convert_to_tensor(self.learning_rate), self._iterations.value
@@ -236,15 +230,13 @@ class DistOptimizer(keras.optimizers.Optimizer):
             new = stepped(self._calls, self._on_host, count, rate, values, gradients, where)
             for variable, value in zip(variables, new, strict=True):
                 variable.assign(value)
-            return
-        new = self._on_host(count, rate, values, gradients)
-        for variable, array in zip(variables, new, strict=True):
-            assign(variable, array)
+        else:
+            self._on_host(count, rate, values, gradients, variables)
 
     def _on_host(
-        self, count: Any, rate: Any, values: Sequence[Any], gradients: Sequence[Any]
+        self, count: Any, rate: Any, values: Any, gradients: Any, assigned: Sequence[Any] = ()
     ) -> list[Array]:
-        """Push this rank's gradients, and return the new parameters, which the shards overwrite."""
+        """Push this rank's gradients; assign and return the new parameters, views of a round."""
         iteration, lr = int(as_numpy(count)), float(as_numpy(rate))
         if iteration <= self._last_iteration:
             raise StructureError(
@@ -252,13 +244,21 @@ class DistOptimizer(keras.optimizers.Optimizer):
                 "and thrown away, and the shards have stepped: apply each update once, in order; "
                 "to sum micro-batches use gradient_accumulation_steps"
             )
+        replica = self._replica
         params = dict(zip(self._names, map(as_numpy, values), strict=True))
-        if not self._replica.is_started:
-            self._replica.start(params, groups=self._groups(), lr=lr)
+        if not replica.is_started:
+            replica.start(params, groups=self._groups(), lr=lr)
         pushed = dict(zip(self._names, self._scaled(gradients), strict=True))
-        stepped = self._replica.step(params, pushed, lr=lr)
+        new: list[Array] = []
+
+        def take(params: Mapping[str, Array]) -> None:
+            new[:] = [np.asarray(params[name]) for name in self._names]
+            for variable, array in zip(assigned, new, strict=False):
+                assign(variable, array)
+
+        replica.step(params, pushed, take, lr=lr)
         self._last_iteration, self._scaled_by = iteration, 1.0
-        return [np.asarray(stepped[name]) for name in self._names]
+        return new
 
     def _scaled(self, gradients: Sequence[Any]) -> Sequence[Any]:
         """Return gradients of losses times the shards' scale, which this rank did not know before
@@ -271,7 +271,7 @@ class DistOptimizer(keras.optimizers.Optimizer):
     def _groups(self) -> list[Group]:
         if not self.weight_decay:
             return []
-        pairs = zip(self._names, self._stepped(), strict=True)
+        pairs = zip(self._names, self.stepped_variables, strict=True)
         return [Group(n, weight_decay=0.0) for n, v in pairs if not self._use_weight_decay(v)]
 
     @override
@@ -281,7 +281,7 @@ class DistOptimizer(keras.optimizers.Optimizer):
             self._settle()
             ema = self._replica.optimizer.get_ema_params()
             wanted = {id(v) for v in var_list}
-            for name, variable in zip(self._names, self._stepped(), strict=True):
+            for name, variable in zip(self._names, self.stepped_variables, strict=True):
                 if id(variable) in wanted:
                     assign(variable, np.asarray(ema[name], as_numpy(variable.value).dtype))
 
@@ -304,12 +304,10 @@ class DistOptimizer(keras.optimizers.Optimizer):
     def slots(self) -> Slots:
         """Return copies of what the shards hold beside the parameters, by `names`."""
         self._settle()
-        variables = self._stepped()
-        zero = {
-            n: np.zeros(v.shape, np.float32) for n, v in zip(self._names, variables, strict=True)
-        }
+        variables = self.stepped_variables
+        still = [np.zeros(variable.shape, np.float32) for variable in variables]
         if self._replica.is_started or not self.use_ema:
-            return self._replica.slots(zero)
+            return self._replica.slots(dict(zip(self._names, still, strict=True)))
         return self._replica.slots(dict(zip(self._names, map(numpy_of, variables), strict=True)))
 
     def load_slots(self, slots: Slots) -> None:
@@ -326,8 +324,10 @@ class DistOptimizer(keras.optimizers.Optimizer):
 
     @property
     def stepped_variables(self) -> list[Any]:
-        """The variables that the shards step, in the order of `names`."""
-        return self._stepped()
+        """What the shards step, in the order of `names`: all but what Keras itself overwrites."""
+        return [
+            v for v in self._trainable_variables if not self._overwrite_variable_with_gradient(v)
+        ]
 
     @override
     def save_own_variables(self, store: Any) -> None:
@@ -369,7 +369,7 @@ class DistOptimizer(keras.optimizers.Optimizer):
             for variable, array in zip(own, arrays, strict=False):
                 variable.assign(array)
             return
-        shapes = [tuple(v.shape) for v in self._stepped()]
+        shapes = [tuple(v.shape) for v in self.stepped_variables]
         rest, slots = slots_of(
             arrays,
             dict(zip(self._names, shapes, strict=True)),
