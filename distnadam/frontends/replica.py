@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from distnadam.client.agreement import agree_on
+from distnadam.client.agreement import Agreement
 from distnadam.client.user_state import params_from
 from distnadam.config import Options
 from distnadam.errors import (
@@ -131,6 +131,7 @@ class Replica:
         self.use_ema: bool = plan["use_ema"]
         self._joined: tuple[DistNadam, Worker] | None = None
         self._slots: Slots | None = None
+        self._agreement = Agreement()
         self._left: Named | None = None  # in the framework, by a step that was cut
         self._is_closed = False
         self._process: int | None = None
@@ -308,12 +309,13 @@ class Replica:
         whole = params_from(shards.layout, dict(params))
         if self.num_workers > 1:
             bits = [digest_bytes(np.asarray(params[name]).tobytes()) for name in changed]
-            agree_on(worker.session, in_words(list(zip(changed, bits, strict=True))))
-            epoch = worker.session.epoch
+            said = in_words(list(zip(changed, bits, strict=True)))
+            epoch = self._agreement.reach(worker.session, said)
         if self.rank == 0:
             shards.fill({"params": with_changed(shards, whole, frozenset(changed))})
         else:
             self._await_epoch_after(epoch, optimizer)
+        self._agreement.carried_out()
         worker.pull()
 
     def _await_epoch_after(self, epoch: int, optimizer: DistNadam) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from distnadam.client.agreement import agree_on
+from distnadam.client.agreement import Agreement
 from distnadam.client.user_state import params_from
 from distnadam.config import Options, Topology
 from distnadam.errors import ConfigError, StepTimeout, StructureError
@@ -71,6 +71,7 @@ class Shards:
         self._options = meeting.lasting(options, is_named=self._is_named)
         self._optimizer: DistNadam | None = None
         self._worker: Worker | None = None
+        self._agreement = Agreement()
         self.fixed: dict[str, Any] = {}
         self._own: Any = None  # what the settings of the groups are on the shards
         self._is_closed = False
@@ -258,10 +259,7 @@ class Shards:
         arrays = dict(moments)
         if params is not None:
             arrays["params"] = params_from(self.layout, dict(params))
-        epoch = 0
-        if self.several:
-            agree_on(self.worker.session, what)
-            epoch = self.worker.session.epoch
+        epoch = self._agreement.reach(self.worker.session, what) if self.several else 0
         if self.place.rank:
             self._await(settings, epoch if arrays else None)
         else:
@@ -273,6 +271,7 @@ class Shards:
             if arrays:
                 self.optimizer.shards.fill(arrays, clock)
         self._own = settings.own
+        self._agreement.carried_out()
 
     def _await(self, settings: Settings, epoch: int | None) -> None:
         """Wait until rank 0 has made a change.

@@ -149,6 +149,37 @@ def test_what_is_changed_after_a_cut_step_counts_after_its_round() -> None:
         assert bits(one[0]) == bits(other[0]) == reference(4, change)
 
 
+@pytest.mark.parametrize("before", ["set_config", "fill"])
+def test_rank_0_goes_on_with_what_all_have_agreed_on(before: str) -> None:
+    def change(model: Any, optimizer: Any) -> None:
+        optimizer.param_groups[0]["weight_decay"] = 0.1
+        for each in optimizer.state.values():
+            each["exp_avg"].mul_(0.5)
+
+    with two_ranks(f"agreed-{before}") as (one, other), ThreadPoolExecutor(1) as thread:
+        for turn in range(3):
+            if turn == 2:
+                change(*one)
+                change(*other)
+            theirs = thread.submit(step, *other, 10 + turn)
+            if turn == 2:
+                shards = one[1]._held.shards.optimizer
+                owner = shards if before == "set_config" else shards.shards
+                whole = getattr(owner, before)
+
+                def interrupted(*given: Any, whole: Any = whole, **others: Any) -> None:
+                    signal.raise_signal(signal.SIGINT)
+                    whole(*given, **others)
+
+                with pytest.MonkeyPatch.context() as patched:
+                    patched.setattr(owner, before, interrupted)
+                    with pytest.raises(KeyboardInterrupt):
+                        step(*one, turn)
+            step(*one, turn)
+            theirs.result(100)
+        assert bits(one[0]) == bits(other[0]) == reference(3, change)
+
+
 def test_tensors_are_what_the_shards_went_back_to() -> None:
     model, plain = make(), make()
     optimizer = ours.DistNadam(model.named_parameters(), num_shards=2, backend="ray")
