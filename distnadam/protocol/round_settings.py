@@ -24,7 +24,7 @@ class RoundSettings:
         absent: the indices of the tensors that the rank has no gradient of; what it pushes of them
             is +0.0.
         statement: what the rank says in a round that is for this alone, with a rejection and no
-            gradients; all ranks must say the same, and no step follows (`client/statement.py`).
+            gradients; all ranks must say the same, and no step follows (`client/agreement.py`).
     """
 
     found_inf: bool = False
