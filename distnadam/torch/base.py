@@ -126,7 +126,8 @@ class BaseOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
         shards; zeros before the first step.
 
         It is read from the shards when it is first looked at after a step, by this rank alone. What
-        is changed in it is given to the shards at the next step.
+        is changed in it is given to the shards at the next step. Entries of one's own stay, on this
+        rank, in `state_dict` too, but are not in what `save` writes.
         """
         return self._held.state.read()
 

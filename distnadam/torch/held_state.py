@@ -13,6 +13,7 @@ from distnadam.tensors.arrays import Flat
 from distnadam.torch.shards import Shards
 from distnadam.torch.state_dict import (
     MASTER,
+    NAMES,
     State,
     check_state,
     digest,
@@ -42,7 +43,7 @@ class HeldState:
         self.by_name: dict[str, torch.Tensor] = {}
         self.is_replaced = False
         self._state: State | None = None
-        self._others: dict[Any, Any] = {}
+        self._users: dict[Any, Any] = {}  # what users keep in it, while it is forgotten
         self._versions: list[tuple[Any, int]] = []
 
     @property
@@ -85,15 +86,36 @@ class HeldState:
             else:
                 self._state = new_state([*self._names], has_product=self.has_product)
             self._versions = _versions(self._state)
-            self._state |= self._others
-            self._others = {}
+            self._keep(self._users)
+            self._users = {}
         return self._state
 
     def forget(self) -> None:
-        """Read it anew when it is looked at, but for what users keep in it that is of no tensor."""
+        """Read it anew when it is looked at, but for what users keep in it."""
         if self._state is not None:
-            self._others = {k: v for k, v in self._state.items() if k not in self._names}
+            self._users = self._users_part(self._state)
         self._state = None
+
+    def _users_part(self, state: State) -> dict[Any, Any]:
+        """Return what users keep in a state: entries of their own in that of a tensor, and what is
+        of no tensor.
+        """
+        found: dict[Any, Any] = {}
+        for key, each in state.items():
+            if key not in self._names:
+                found[key] = each
+            elif own := {name: value for name, value in each.items() if name not in NAMES}:
+                found[key] = own
+        return found
+
+    def _keep(self, users: Mapping[Any, Any]) -> None:
+        """Have these entries of users in the state."""
+        assert self._state is not None
+        for key, each in users.items():
+            if key in self._names:
+                self._state[key] |= each
+            else:
+                self._state[key] = each
 
     def drop(self) -> None:
         """Forget it, and what was to be given to the shards."""
@@ -103,7 +125,6 @@ class HeldState:
     def replace(self, state: State) -> None:
         """Have another from the next step on, unless it is the present one to the bit."""
         full = new_state([*self._names], has_product=self.has_product)
-        others = {k: v for k, v in state.items() if k not in self._names}
         for tensor, each in state.items():
             if tensor in full:
                 known = {*full[tensor]}
@@ -114,14 +135,15 @@ class HeldState:
         for tensor, each in full.items():  # torch's own classes have no masters
             if MASTER in now[tensor] and MASTER not in state.get(tensor, {}):
                 each[MASTER] = now[tensor][MASTER]
-        if all(same(full[tensor], now[tensor]) for tensor in full):
-            now |= others
-            return
+        own = {t: {k: v for k, v in now[t].items() if k in NAMES} for t in full}
         self._state = defaultdict(dict)
-        self._state |= {t: {k: v.clone() for k, v in each.items()} for t, each in full.items()}
-        self._versions = _versions(self._state)
-        self._state |= others
-        self.is_replaced = True
+        if all(same(full[tensor], own[tensor]) for tensor in full):
+            self._state |= own
+        else:
+            self._state |= {t: {k: v.clone() for k, v in each.items()} for t, each in full.items()}
+            self._versions = _versions(self._state)
+            self.is_replaced = True
+        self._keep(self._users_part(state))
 
     def check(self, state: State) -> None:
         """Raise StructureError for a state that the tensors cannot have."""
@@ -157,6 +179,6 @@ def _versions(state: State) -> list[tuple[Any, int]]:
         (id(value), value._version)
         for tensor, each in state.items()
         if isinstance(tensor, torch.Tensor)
-        for value in each.values()
-        if isinstance(value, torch.Tensor)
+        for name, value in each.items()
+        if name in NAMES and isinstance(value, torch.Tensor)
     ]

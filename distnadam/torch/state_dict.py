@@ -24,6 +24,8 @@ from distnadam.torch.arrays import as_array, as_torch, bits_of, digest_of
 State = dict[Any, dict[str, Any]]
 MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq"}
 MASTER = "master"
+NAMES = frozenset(("step", "mu_product", *MOMENTS.values(), MASTER))
+"""What a tensor's state has of ours; any other entry is its user's own."""
 HALF = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _EXACT = 2**24
 """Steps that float32 counts."""
@@ -136,7 +138,8 @@ def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def digest(state: State, tensors: Sequence[torch.Tensor]) -> str:
     """Return a digest of the state's bits, in a few letters."""
-    each = (digest_of(state[tensor][name]) for tensor in tensors for name in sorted(state[tensor]))
+    names = sorted(NAMES)
+    each = (digest_of(state[t][name]) for t in tensors for name in names if name in state[t])
     return digest_bytes("".join(each).encode())
 
 

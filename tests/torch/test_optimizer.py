@@ -687,15 +687,33 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_is_loaded(
         assert all(torch.equal(now["state"][key][name], state[name]) for name in state)
 
 
-def test_what_users_keep_in_the_state_beside_it_stays_there() -> None:
-    model = make()
-    optimizer = ours.DistNadam(model.parameters())
+def test_what_users_keep_in_the_state_stays_there() -> None:
+    model, twin = make(), make()
+    optimizer, plain = ours.DistNadam(model.parameters()), ours.DistNadam(twin.parameters())
     optimizer.state["mine"] = 1
+    first, second, *_ = model.parameters()
+    optimizer.state[first]["ema"] = kept = torch.ones(3)
     train(model, optimizer, batches(2))
-    assert optimizer.state["mine"] == 1
-    other = ours.DistNadam(make().parameters())
-    other.load_state_dict(optimizer.state_dict())
-    assert other.state["mine"] == 1
+    optimizer.state[second]["note"] = "here"
+    kept.add_(1)
+    epoch = optimizer._held.shards.worker.session.epoch
+    train(model, optimizer, batches(2, 2))
+    assert optimizer._held.shards.worker.session.epoch == epoch  # the shards have no part in it
+    train(twin, plain, batches(2) + batches(2, 2))
+    assert bits(model) == bits(twin)
+    assert optimizer.state["mine"] == 1 and optimizer.state[first]["ema"] is kept
+    other_model = make()
+    other = ours.DistNadam(other_model.parameters())
+    other.state[next(other_model.parameters())]["gone"] = 1
+    for loaded in (other, other, optimizer):  # another, the same, and what it has
+        loaded.load_state_dict(optimizer.state_dict())
+        first, second, *_ = (p for group in loaded.param_groups for p in group["params"])
+        assert loaded.state["mine"] == 1 and loaded.state[second]["note"] == "here"
+        assert torch.equal(loaded.state[first]["ema"], torch.full((3,), 2.0))
+        assert "gone" not in loaded.state[first]
+    copied = copy.deepcopy(optimizer)
+    first = copied.param_groups[0]["params"][0]
+    assert torch.equal(copied.state[first]["ema"], torch.full((3,), 2.0))
 
 
 def test_hooks_of_state_dicts_come_in_order() -> None:
