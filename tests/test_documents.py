@@ -33,7 +33,7 @@ def text_of(document: str) -> str:
 def missing_files(document: str) -> set[str]:
     """Files that are neither below the root, nor in the package, nor beside the document."""
     text, beside = text_of(document), (ROOT / document).parent
-    named = {*FILE.findall(text), *LINK.findall(text)}
+    named = {*FILE.findall(text), *(LINK.findall(text) if document.endswith(".md") else ())}
     return {
         name
         for name in named
@@ -66,6 +66,11 @@ def test_what_a_document_names_is_there(document: str) -> None:
         if not any((ROOT / f"{name}{end}").is_file() for end in (".py", "/__main__.py"))
     } == set()
     assert unknown_options(text) == set()
+
+
+def test_a_file_that_the_sources_name_is_there() -> None:
+    sources = [path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")]
+    assert {name: missing for name in sources if (missing := missing_files(name))} == {}
 
 
 def test_the_checks_find_what_is_not_there() -> None:
