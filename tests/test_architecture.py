@@ -231,7 +231,7 @@ def test_every_part_of_the_package_has_its_place_in_the_order() -> None:
         ("shard/machine", "import distnadam.optimizer", {"optimizer"}),
         ("config", "def f():\n    from distnadam.nadam import kernels", {"nadam/kernels"}),
         ("worker", "from distnadam import training", {"training/__init__"}),
-        ("transport/connection", "from distnadam.shard.phases import Phase", {"shard/phases"}),
+        ("transport/unix_connection", "from distnadam.shard.phases import Phase", {"shard/phases"}),
         ("cli/group", "from distnadam.optimizer import DistNadam", set()),
         ("shard/machine", "from distnadam.shard.round import Round", set()),
     ],

@@ -37,7 +37,6 @@ from distnadam.protocol.messages import (
 from distnadam.protocol.supervisor_messages import Order
 from distnadam.tensors.arrays import cut_flat, dtype_of
 from distnadam.tensors.layout import sizes_of
-from distnadam.transport.connection import Address
 from distnadam.transport.landed_parameters import LandedParameters
 from distnadam.transport.landing_memory import LandingMemory
 from distnadam.transport.push_groups import PushGroups
@@ -56,6 +55,7 @@ from distnadam.transport.tcp_connection import (
 )
 from distnadam.transport.tcp_dial import dial, dialling_thread
 from distnadam.transport.turns import place_after
+from distnadam.transport.unix_connection import Address
 
 log = logging.getLogger("distnadam")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from distnadam.errors import LaneError
 from distnadam.threads import start
-from distnadam.transport.connection import Address, Connection, connect
+from distnadam.transport.unix_connection import Address, Connection, connect
 
 
 class ProcessWatch:

@@ -10,9 +10,9 @@ import time
 from collections.abc import Collection
 
 from distnadam.protocol.messages import ShardSpec
-from distnadam.transport.connection import Address, connect
 from distnadam.transport.far_shard import FarShard, Reach
 from distnadam.transport.shared_memory import Arena
+from distnadam.transport.unix_connection import Address, connect
 
 
 class Relay:

@@ -17,16 +17,16 @@ from distnadam.protocol.codec import pack, unpack
 from distnadam.protocol.messages import Leave, Message, Push, PushSlice, RoundResult
 from distnadam.tensors.arrays import Dtypes, Flat, cut_flat
 from distnadam.tensors.layout import Ranges
-from distnadam.transport.connection import (
+from distnadam.transport.home_core import HomeCore, partner_first
+from distnadam.transport.shared_memory import Arena
+from distnadam.transport.spinning import has_free_cores, spin
+from distnadam.transport.unix_connection import (
     AWAIT_S,
     Address,
     Connection,
     connect,
     use_batch_scheduling,
 )
-from distnadam.transport.home_core import HomeCore, partner_first
-from distnadam.transport.shared_memory import Arena
-from distnadam.transport.spinning import has_free_cores, spin
 
 _LONGEST_S = 86400.0
 """Seconds of one poll, whose milliseconds must fit 31 bits."""

@@ -13,16 +13,16 @@ from distnadam.protocol.delivery import Deliver, portable, run_in_this_thread
 from distnadam.protocol.messages import Leave, Push, PushSlice, RoundResult, ShardSpec, WorkerDied
 from distnadam.tensors.arrays import Flat, cut_flat, dtype_of
 from distnadam.tensors.layout import Ranges
-from distnadam.transport.connection import (
+from distnadam.transport.home_core import HomeCore, partner_first
+from distnadam.transport.shared_memory import Arena
+from distnadam.transport.spinning import has_free_cores, processes_of
+from distnadam.transport.unix_connection import (
     AWAIT_S,
     Address,
     Connection,
     ConnectionServer,
     connect,
 )
-from distnadam.transport.home_core import HomeCore, partner_first
-from distnadam.transport.shared_memory import Arena
-from distnadam.transport.spinning import has_free_cores, processes_of
 
 if TYPE_CHECKING:
     import asyncio

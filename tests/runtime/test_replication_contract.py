@@ -21,8 +21,9 @@ from distnadam.protocol.messages import ShardSpec
 from distnadam.protocol.supervisor_messages import ReplicatedRound, ShardControlState
 from distnadam.runtime.standby import Standby
 from distnadam.tensors.layout import Layout, sizes_of
-from distnadam.transport.replication import ReplicationStream, ShmReplicationStream, StandbyReceiver
+from distnadam.transport.replication import ReplicationStream
 from distnadam.transport.shared_memory import Arena
+from distnadam.transport.shm_replication import ShmReplicationStream, StandbyReceiver
 from distnadam.transport.state_memory import reserve_state
 from distnadam.transport.tcp_replication import TcpReplicationStream, TcpStandbyReceiver
 from tests.simulation.stream import InProcessStream

@@ -15,8 +15,8 @@ import ray
 
 from distnadam import DistNadam
 from distnadam.errors import LaneError
-from distnadam.transport.connection import Address, connect
 from distnadam.transport.shared_memory import Arena
+from distnadam.transport.unix_connection import Address, connect
 from distnadam.worker import Worker
 from tests.security.strangers import NOBODY, as_nobody, as_root, can_hide
 
@@ -95,7 +95,7 @@ def test_another_user_who_knows_names_and_tokens_gets_no_connection_and_no_memor
     addresses = [address.socket for address in optimizer.shards.backend.addresses]  # type: ignore[attr-defined]
     said = as_nobody(
         "import socket, sys\nfrom distnadam.errors import LaneError\nfrom "
-        "distnadam.transport.connection import Address, connect",
+        "distnadam.transport.unix_connection import Address, connect",
         CONNECT,
         *(part for address in addresses for part in (address.name, address.token)),
     )

@@ -38,7 +38,7 @@ def shard_process() -> int:
     import socket
     import struct
 
-    from distnadam.transport.connection import Connection
+    from distnadam.transport.unix_connection import Connection
 
     connection = next(
         thing for thing in gc.get_objects() if type(thing) is Connection and thing.fileno() >= 0

@@ -21,9 +21,9 @@ from distnadam.protocol.supervisor_messages import Load
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.tensors.arrays import Flat, cut_flat
 from distnadam.tensors.layout import Layout
-from distnadam.transport.connection import Address
 from distnadam.transport.shm_channel import ShmClient
 from distnadam.transport.shm_server import ShmServer, parameter_arena
+from distnadam.transport.unix_connection import Address
 
 PARAMS: Flat = {"float32": np.linspace(-1, 1, 3000, dtype=np.float32)}
 LAYOUT = Layout.of({"w": PARAMS["float32"]})

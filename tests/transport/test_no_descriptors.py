@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from distnadam.errors import ArenaError, LaneError
-from distnadam.transport.connection import Address, ConnectionServer, connect
 from distnadam.transport.shared_memory import Arena
+from distnadam.transport.unix_connection import Address, ConnectionServer, connect
 
 
 @pytest.fixture

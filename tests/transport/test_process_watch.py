@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from distnadam.transport.connection import Address, ConnectionServer
 from distnadam.transport.process_watch import ProcessWatch
+from distnadam.transport.unix_connection import Address, ConnectionServer
 
 PATIENCE_S = 30.0
 

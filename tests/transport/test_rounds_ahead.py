@@ -15,8 +15,8 @@ from distnadam.runtime.rounds_ahead import RoundsAhead
 from distnadam.runtime.shard_kernel import StepsAhead
 from distnadam.runtime.standby import Standby
 from distnadam.shard.state import ShardState
-from distnadam.transport import connection, shm_channel, shm_server
-from distnadam.transport.replication import ShmReplicationStream, StandbyReceiver
+from distnadam.transport import shm_channel, shm_server, unix_connection
+from distnadam.transport.shm_replication import ShmReplicationStream, StandbyReceiver
 from distnadam.transport.state_memory import copies_in, reserve_state
 from tests.transport.shm_shards import Client, Shard, Shards
 
@@ -217,7 +217,7 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each round that was offered was taken ahead: they are awaited for longer than else,
     so that some are wherever this runs.
     """
-    monkeypatch.setattr(connection, "_AWAITED", struct.pack("@ll", 0, 500_000))
+    monkeypatch.setattr(unix_connection, "_AWAITED", struct.pack("@ll", 0, 500_000))
     monkeypatch.setattr(shm_server, "AWAIT_S", 0.5)
     taken: list[bool] = []
     take = RoundsAhead.take

@@ -12,9 +12,9 @@ import pytest
 from distnadam import DistNadam
 from distnadam.errors import LaneError, ShardLost, SupersededWorker
 from distnadam.protocol.messages import Describe, Pull
-from distnadam.transport.connection import connect
 from distnadam.transport.shared_memory import Arena
 from distnadam.transport.shm_server import parameter_arena
+from distnadam.transport.unix_connection import connect
 from tests.transport.shm_shards import CUTS, LAYOUT, PARAMS, Client, Shard, Shards
 
 
@@ -110,7 +110,7 @@ def test_a_client_that_is_dropped_or_closed_has_left_and_is_not_dead(shards: Sha
 
 DYING = """
 import os, signal, sys
-from distnadam.transport.connection import Address
+from distnadam.transport.unix_connection import Address
 from distnadam.transport.shm_channel import ShmClient
 cuts = [{"float32": (0, 1500)}, {"float32": (1500, 3000)}]
 client = ShmClient({"float32": 3000}, cuts, 1, int(sys.argv[1]))

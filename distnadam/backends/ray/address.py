@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from distnadam.transport.connection import Address
+from distnadam.transport.unix_connection import Address
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ from distnadam.supervision.discovery import DiscoveredProcess, RecoveredTopology
 from distnadam.supervision.process_manager import MOVE_S, Move, ProcessManager, ShardProcess
 from distnadam.tensors.copy_plan import copy_plan
 from distnadam.tensors.layout import Ranges
-from distnadam.transport.connection import Address
 from distnadam.transport.process_watch import ProcessWatch
+from distnadam.transport.unix_connection import Address
 
 
 @dataclass(frozen=True)

@@ -48,14 +48,14 @@ from distnadam.tensors.arrays import Array, Flat, cut_flat, empty_flat, memory_f
 from distnadam.tensors.copy_plan import Copy
 from distnadam.tensors.layout import sizes_of
 from distnadam.transport.available_memory import available_bytes
-from distnadam.transport.connection import Address
-from distnadam.transport.replication import StandbyReceiver
 from distnadam.transport.shared_memory import Arena
+from distnadam.transport.shm_replication import StandbyReceiver
 from distnadam.transport.shm_server import ShmServer, parameter_arena
 from distnadam.transport.tcp_connection import Endpoint
 from distnadam.transport.tcp_replication import TcpStandbyReceiver
 from distnadam.transport.tcp_server import TcpServer
 from distnadam.transport.traffic import host_traffic
+from distnadam.transport.unix_connection import Address
 
 log = logging.getLogger("distnadam")
 

@@ -18,8 +18,9 @@ from distnadam.shard.state import ShardState
 from distnadam.supervision.process_manager import ShardProcess
 from distnadam.tensors.arrays import Flat
 from distnadam.transport.far_shard import REMEDY
-from distnadam.transport.replication import ReplicationStream, ShmReplicationStream
+from distnadam.transport.replication import ReplicationStream
 from distnadam.transport.shared_memory import Arena
+from distnadam.transport.shm_replication import ShmReplicationStream
 from distnadam.transport.state_memory import copies_in, reserve_state
 from distnadam.transport.tcp_connection import Endpoint
 from distnadam.transport.tcp_replication import TcpReplicationStream

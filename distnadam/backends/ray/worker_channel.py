@@ -20,8 +20,8 @@ from distnadam.protocol.round_settings import RoundSettings
 from distnadam.tensors.arrays import Dtypes, Flat, empty_flat
 from distnadam.tensors.layout import Ranges
 from distnadam.transport.available_memory import available_bytes
-from distnadam.transport.connection import Address
 from distnadam.transport.shm_channel import ShmClient
+from distnadam.transport.unix_connection import Address
 
 log = logging.getLogger("distnadam")
 

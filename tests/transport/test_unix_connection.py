@@ -16,8 +16,8 @@ import pytest
 
 from distnadam.errors import LaneError
 from distnadam.protocol.frames import VERSION, frame_of
-from distnadam.transport.connection import Address, Connection, ConnectionServer, connect
 from distnadam.transport.loop_thread import LoopThread
+from distnadam.transport.unix_connection import Address, Connection, ConnectionServer, connect
 
 
 class Echo:
@@ -163,7 +163,7 @@ def test_nonsense_ends_its_own_connection_only(echo: Echo, sent: bytes) -> None:
 AS_NOBODY = """
 import os, sys
 from distnadam.errors import LaneError
-from distnadam.transport.connection import Address, connect
+from distnadam.transport.unix_connection import Address, connect
 os.setgid(65534); os.setuid(65534)
 try:
     connect(Address(sys.argv[1], sys.argv[2]), {"name": "nobody"}, [])
@@ -187,7 +187,7 @@ def test_another_user_is_refused_though_it_knows_name_and_token(echo: Echo) -> N
 
 CALLER = """
 import os, sys, time
-from distnadam.transport.connection import Address, connect
+from distnadam.transport.unix_connection import Address, connect
 connection, _, _ = connect(Address(sys.argv[1], sys.argv[2]), {"name": "caller"}, [])
 child = os.fork()
 if child == 0:

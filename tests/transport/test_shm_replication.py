@@ -31,10 +31,10 @@ from distnadam.protocol.supervisor_messages import (
 from distnadam.schedules import Polynomial
 from distnadam.tensors.arrays import Flat, cut_flat
 from distnadam.tensors.layout import Layout, sizes_of
-from distnadam.transport.connection import Address
-from distnadam.transport.replication import ShmReplicationStream, StandbyReceiver
 from distnadam.transport.shared_memory import Arena
+from distnadam.transport.shm_replication import ShmReplicationStream, StandbyReceiver
 from distnadam.transport.state_memory import copies_in, reserve_state
+from distnadam.transport.unix_connection import Address
 from tests.eventually import eventually
 
 HALF = {"float32": "bfloat16"}
