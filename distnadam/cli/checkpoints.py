@@ -106,31 +106,44 @@ def verify(path: str, *, as_json: bool) -> None:
 
 
 def _show(found: dict[str, Any]) -> None:
-    console, sizes = plain_console(), found["sizes"]
+    console = plain_console()
     console.print(found["path"])
-    facts = Table(show_header=False)
+    for table in (_facts(found), _tensors(found), _files(found)):
+        console.print(table)
+    for file in found["files"]:
+        if _is_refused(file):
+            click.echo(f"problem: {file['checksums']}", err=True)
+
+
+def _facts(found: dict[str, Any]) -> Table:
+    table, sizes = Table(show_header=False), found["sizes"]
     for name in ("iterations", "m_schedule", "round", "skipped"):
-        facts.add_row(name, str(found[name]))
+        table.add_row(name, str(found[name]))
     for part in ("config", "topology", "run", "data"):
         for name, value in found[part].items():
             if (part, name) != ("config", "groups"):
-                facts.add_row(f"{part}.{name}", Text(_said(value)))
+                table.add_row(f"{part}.{name}", Text(_said(value)))
     for group in found["config"]["groups"]:
-        facts.add_row("config.groups", Text(in_words(group)))
-    facts.add_row("elements", str(sizes["elements"]))
-    facts.add_row(
+        table.add_row("config.groups", Text(in_words(group)))
+    table.add_row("elements", str(sizes["elements"]))
+    table.add_row(
         "bytes",
         f"{sizes['state_bytes']} of state, {sizes['file_bytes']} in files, "
         f"{sizes['manifest_bytes']} of manifest",
     )
-    facts.add_row("checksums", found["checksums"])
+    table.add_row("checksums", found["checksums"])
+    return table
+
+
+def _tensors(found: dict[str, Any]) -> Table:
+    """Return a row for each tensor, with its group and its clock where there are several."""
     in_groups = bool(found["config"]["groups"])
     differ = any(t["steps"] != found["iterations"] for t in found["tensors"])
     headings = ["tensor", "shape", "dtype", "elements", *(["group"] if in_groups else [])]
     headings += ["steps"] if differ else []
-    tensors = Table(*headings, title="tensors")
+    table = Table(*headings, title="tensors")
     for t in found["tensors"]:
-        tensors.add_row(
+        table.add_row(
             Text(t["path"]),
             str(tuple(t["shape"])),
             t["dtype"],
@@ -138,22 +151,24 @@ def _show(found: dict[str, Any]) -> None:
             *([Text(t["group"] or "")] if in_groups else []),
             *([str(t["steps"])] if differ else []),
         )
-    files = Table("shard", "bytes", "ranges", "chunks", title="shards")
-    problems: list[str] = []
+    return table
+
+
+def _files(found: dict[str, Any]) -> Table:
+    table = Table("shard", "bytes", "ranges", "chunks", title="shards")
     for index, f in enumerate(found["files"]):
         ranges = ", ".join(f"{space}[{begin}:{end}]" for space, (begin, end) in f["ranges"].items())
-        good = f["checksums"] in (VERIFIED, UNREAD)
-        files.add_row(
+        table.add_row(
             str(index),
             str(f["bytes"]),
             Text(ranges),
-            f"{f['chunks']} {f['checksums']}" if good else "refused",
+            "refused" if _is_refused(f) else f"{f['chunks']} {f['checksums']}",
         )
-        problems += [] if good else [f["checksums"]]
-    for table in (facts, tensors, files):
-        console.print(table)
-    for problem in problems:
-        click.echo(f"problem: {problem}", err=True)
+    return table
+
+
+def _is_refused(file: dict[str, Any]) -> bool:
+    return file["checksums"] not in (VERIFIED, UNREAD)
 
 
 def _said(value: Any) -> str:

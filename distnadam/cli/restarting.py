@@ -39,7 +39,7 @@ _LOOK_EVERY_S = 1.0
 _CLEANUP_S = 10.0
 
 
-class Run:
+class ChildRun:
     """What a child knows of its parent.
 
     Args:
@@ -104,7 +104,7 @@ def saved(error: RayLost) -> str:
     return f"{error.__cause__}; {newest}{where}"
 
 
-def in_child() -> Run:
+def in_child() -> ChildRun:
     """Return in a child of the calling process, which itself ends with the last child's status."""
     heeded = {number for number in _PASSED_ON if signal.getsignal(number) is not signal.SIG_IGN}
     heeded.add(signal.SIGCHLD)
@@ -123,7 +123,7 @@ def in_child() -> Run:
                 signal.signal(signal.SIGINT, _Interrupts())
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             os.close(reports)
-            return Run(report, goes_on_in)
+            return ChildRun(report, goes_on_in)
         os.close(report)
         status, told_to_stop = _watch(child, heeded)
         lost = _read(reports)

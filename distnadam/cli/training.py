@@ -20,7 +20,7 @@ from distnadam.cli.optimizer_options import (
     optimizer_options,
 )
 from distnadam.cli.placement_options import placement
-from distnadam.cli.restarting import Run, end_if_stuck, in_child, saved
+from distnadam.cli.restarting import ChildRun, end_if_stuck, in_child, saved
 from distnadam.cli.resuming import Reached, end_alone, how_to_resume
 from distnadam.cli.run_file import RunFile
 from distnadam.cli.task_names import load_task
@@ -208,46 +208,17 @@ def train(context: click.Context, /, task: str, **options: Any) -> None:
         contextlib.redirect_stdout(sys.stderr),
     ):
         optimizer = optimizer_asked_for(
-            options,
-            rate,
-            name=options["name"],
-            options=Options(
-                shard_cpus=options["shard_cpus"],
-                worker_cpus=options["worker_cpus"],
-                worker_gpus=options["worker_gpus"],
-                label_selector=options["shard_label"],
-                worker_label_selector=options["worker_label"],
-                start_timeout_s=options["start_timeout"],
-                port_range=options["port_range"],
-            ),
+            options, rate, name=options["name"], options=_placement_of(options)
         )
         backend: Literal["local", "ray"] = "local" if options["local"] else "ray"
         if options["dry_run"]:
             tried = _tried(task, optimizer, backend, options)
         else:
-            history = fit(
-                load_task(task),
-                optimizer=optimizer,
-                backend=backend,
-                callbacks=[reached, RunFile(context, _SECTIONS), *_dashboard(options["dashboard"])],
-                verbose=_verbosity(options),
-                **{name: options[name] for name in _PASSED_TO_FIT},
-                **(
-                    {}
-                    if options["stop_grace_s"] is None
-                    else {"stop_grace_s": options["stop_grace_s"]}
-                ),
-            )
+            callbacks = [reached, RunFile(context, _SECTIONS), *_dashboard(options["dashboard"])]
+            history = _trained(task, optimizer, backend, callbacks, options)
     if options["dry_run"]:
         sys.exit(_print_plan(tried, as_json=options["as_json"]))
-    summary = _summary(history)
-    if options["as_json"]:
-        echo_json(summary)
-        return
-    for key, value in summary.items():
-        if value:
-            text = f"{value:.4g}" if isinstance(value, float) else str(value)
-            click.echo(f"{key.replace('_', ' '):<12} {text}{_MEANS.get(key, '')}")
+    _print_summary(_summary(history), as_json=options["as_json"])
 
 
 @main.command()
@@ -259,6 +230,38 @@ def plot(run: str, *, output: str | None) -> None:
         directory = Path(local_path(run, "RUN"))
         picture = directory / "loss.png" if output is None else Path(local_path(output, "--output"))
         click.echo(plot_loss(directory / "metrics.csv", picture))
+
+
+def _placement_of(options: Mapping[str, Any]) -> Options:
+    return Options(
+        shard_cpus=options["shard_cpus"],
+        worker_cpus=options["worker_cpus"],
+        worker_gpus=options["worker_gpus"],
+        label_selector=options["shard_label"],
+        worker_label_selector=options["worker_label"],
+        start_timeout_s=options["start_timeout"],
+        port_range=options["port_range"],
+    )
+
+
+def _trained(
+    task: str,
+    optimizer: DistNadam,
+    backend: BackendName,
+    callbacks: list[Callback],
+    options: Mapping[str, Any],
+) -> History:
+    """Train, and return the history of the run."""
+    grace = options["stop_grace_s"]
+    return fit(
+        load_task(task),
+        optimizer=optimizer,
+        backend=backend,
+        callbacks=callbacks,
+        verbose=_verbosity(options),
+        **{name: options[name] for name in _PASSED_TO_FIT},
+        **({} if grace is None else {"stop_grace_s": grace}),
+    )
 
 
 def _verbosity(options: Mapping[str, Any]) -> Verbose:
@@ -317,7 +320,7 @@ def _starts_ray(options: Mapping[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def _anew_if_ray_dies(run: Run | None, reached: Reached) -> Iterator[None]:
+def _anew_if_ray_dies(run: ChildRun | None, reached: Reached) -> Iterator[None]:
     """End the process if Ray itself died, for its parent to begin the run anew; without a parent
     raise what is saved.
     """
@@ -330,6 +333,16 @@ def _anew_if_ray_dies(run: Run | None, reached: Reached) -> Iterator[None]:
             run.end(error)
         reached.saw(error)
         raise RayLost(saved(error)) from error
+
+
+def _print_summary(summary: Mapping[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        echo_json(summary)
+        return
+    for key, value in summary.items():
+        if value:
+            text = f"{value:.4g}" if isinstance(value, float) else str(value)
+            click.echo(f"{key.replace('_', ' '):<12} {text}{_MEANS.get(key, '')}")
 
 
 def _summary(history: History) -> dict[str, Any]:

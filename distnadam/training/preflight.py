@@ -30,7 +30,7 @@ from distnadam.optimizer import DistNadam
 from distnadam.places import place
 from distnadam.planning.requests import asked_by_workers
 from distnadam.tensors.layout import Layout
-from distnadam.training.rank_loop import make_rank_loop, samples_in
+from distnadam.training.rank_loop import samples_in, start_ranks
 from distnadam.training.resuming import Request, find_checkpoint
 from distnadam.training.run_plan import RunPlan
 from distnadam.training.steps import in_words
@@ -200,23 +200,17 @@ def check_disk(directory: LocalDirectory, plan: RunPlan, checkpoint_bytes: int) 
 
 
 def _try_start(found: Preflight, task: Task, settings: Settings, params: Any) -> None:
-    topology = settings.topology
+    num_workers = settings.topology.num_workers
     group: WorkerGroup | None = None
     with DistNadam.of(settings) as optimizer:
         optimizer.build(params)
-        make = partial(
-            make_rank_loop,
-            code=TaskCode(task),
-            optimizer=optimizer,
-            world_size=topology.num_workers,
-            first=0,
-            accumulate=1,
-        )
         try:
-            group = optimizer.team(make, task)
-            for rank in range(topology.num_workers):
+            group = start_ranks(
+                optimizer, task, TaskCode(task), world_size=num_workers, first=0, accumulate=1
+            )
+            for rank in range(num_workers):
                 group.call(rank, "run", 0)  # no step: it only begins
-            _await_workers(group, topology.num_workers, settings.options)
+            _await_workers(group, num_workers, settings.options)
             hosts = sorted({*optimizer.shards.backend.hosts(), *group.hosts().values()})
             found.plan.append(("hosts", ", ".join(hosts)))
         finally:

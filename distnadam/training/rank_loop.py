@@ -5,9 +5,11 @@ It runs in a thread or in a Ray actor and does not know which.
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from time import perf_counter
 from typing import Any
 
+from distnadam.backends.base import WorkerGroup
 from distnadam.errors import (
     DistNadamError,
     LatePush,
@@ -171,7 +173,28 @@ class RankLoop:
                 return self._worker.pull()
 
 
-def make_rank_loop(
+def start_ranks(
+    optimizer: DistNadam,
+    task: Task,
+    code: TaskCode,
+    *,
+    world_size: int,
+    first: int,
+    accumulate: int,
+) -> WorkerGroup:
+    """Start a worker for each rank, with a copy of the task, from round `first` on."""
+    make = partial(
+        _make_rank_loop,
+        code=code,  # unpickled before the task, which needs it
+        optimizer=optimizer,
+        world_size=world_size,
+        first=first,
+        accumulate=accumulate,
+    )
+    return optimizer.team(make, task)
+
+
+def _make_rank_loop(
     rank: int,
     task: Task,
     *,

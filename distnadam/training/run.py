@@ -33,7 +33,7 @@ from distnadam.training.checkpoint_manager import CheckpointManager
 from distnadam.training.history import History
 from distnadam.training.metrics_file import evaluation_at, say_if_anew
 from distnadam.training.plot import plot_loss
-from distnadam.training.rank_loop import make_rank_loop
+from distnadam.training.rank_loop import start_ranks
 from distnadam.training.rank_runner import RankRunner, RetryBudget
 from distnadam.training.resuming import (
     Found,
@@ -188,33 +188,28 @@ class TrainingRun:
     def _train_with_workers(self, optimizer: DistNadam) -> None:
         """Start the workers, train, and end them again; save first if Ctrl-C stopped the run."""
         group: WorkerGroup | None = None
-        num_workers = self.request.settings.topology.num_workers
+        callbacks, num_workers = self.callbacks, self.request.settings.topology.num_workers
         checkpoints = CheckpointManager(
-            optimizer.saves,
-            self.lock,
-            self.plan.keep,
-            self.callbacks.on_save,
-            self.callbacks.on_message,
+            optimizer.saves, self.lock, self.plan.keep, callbacks.on_save, callbacks.on_message
         )
         try:
             if self.plan.save_every is not None:
                 optimizer.reserve()
             self.termination.arm()  # Ray may have taken the signal since
             first = optimizer.round
-            self.callbacks.run.follow(optimizer, checkpoints.finish)
+            callbacks.run.follow(optimizer, checkpoints.finish)
             with self._settings_may_change(optimizer):
-                self.callbacks.on_begin(first, self.plan.steps)
+                callbacks.on_begin(first, self.plan.steps)
             if optimizer.backend_name != "local":
-                self.callbacks.on_phase(f"starting {num_workers} workers")
-            make = partial(
-                make_rank_loop,
-                code=self._code,  # unpickled before the task, which needs it
-                optimizer=optimizer,
+                callbacks.on_phase(f"starting {num_workers} workers")
+            group = start_ranks(
+                optimizer,
+                self.as_begun,
+                self._code,
                 world_size=num_workers,
                 first=first,
                 accumulate=self.plan.accumulate,
             )
-            group = optimizer.team(make, self.as_begun)
             ranks = RankRunner(
                 group,
                 num_workers,
@@ -223,16 +218,14 @@ class TrainingRun:
                 on_recovery=self._recovered,
                 stateful=self.request.state.is_kept,
             )
-            watch = Watch(optimizer.shards, group, self.callbacks)
+            watch = Watch(optimizer.shards, group, callbacks)
             try:
                 self._train(optimizer, ranks, checkpoints, watch, first)
             except KeyboardInterrupt:
                 if self._interrupted:
                     raise
                 self._interrupted = True  # it came between two segments, where nothing is pending
-                save = partial(self._save, checkpoints, optimizer, wait=True)
-                self._at_boundary(ranks, checkpoints, optimizer.round, [save])
-                self.callbacks.on_message(f"saved step {optimizer.round} of {self.plan.steps}")
+                self._save_before_the_end(optimizer, ranks, checkpoints, optimizer.round)
         finally:
             checkpoints.give_up()
             with suppress(DistNadamError):  # the supervisor may be what died
@@ -281,11 +274,17 @@ class TrainingRun:
             if step < plan.steps and not self._ends_early:
                 ranks.move(moving)
         if step < plan.steps or self._interrupted:
-            save = partial(self._save, checkpoints, optimizer, wait=True)
-            self._at_boundary(ranks, checkpoints, step, [save])
-            stopped = self.callbacks.run.stopped
-            why = "" if stopped is None else f": {stopped}"
-            self.callbacks.on_message(f"saved step {step} of {plan.steps}{why}")
+            self._save_before_the_end(optimizer, ranks, checkpoints, step)
+
+    def _save_before_the_end(
+        self, optimizer: DistNadam, ranks: RankRunner, checkpoints: CheckpointManager, step: int
+    ) -> None:
+        """Save a run that ends before its last step, and say so."""
+        save = partial(self._save, checkpoints, optimizer, wait=True)
+        self._at_boundary(ranks, checkpoints, step, [save])
+        stopped = self.callbacks.run.stopped
+        why = "" if stopped is None else f": {stopped}"
+        self.callbacks.on_message(f"saved step {step} of {self.plan.steps}{why}")
 
     @property
     def _ends_early(self) -> bool:

@@ -34,8 +34,8 @@ from distnadam.backends.ray.nodes import (
 from distnadam.backends.ray.placement import (
     await_room,
     nodes_beside,
-    shards_need,
-    workers_need,
+    shards_demand,
+    workers_demand,
 )
 from distnadam.backends.ray.session import OwnedRay, connect_or_start
 from distnadam.backends.ray.shard_transport import RayShardTransport
@@ -170,8 +170,8 @@ class RayBackend(Backend):
         try:
             with while_ray_lives():
                 Exporter.check(options)
-                need = shards_need(options, len(specs) * (1 + replicas))
-                await_room(need, options.start_timeout_s, chosen)
+                demand = shards_demand(options, len(specs) * (1 + replicas))
+                await_room(demand, options.start_timeout_s, chosen)
                 self._start(specs, replicas)
         except BaseException as error:
             self.close(destroy=True)
@@ -225,8 +225,8 @@ class RayBackend(Backend):
     ) -> WorkerGroup:
         with while_ray_lives():
             shards = len(self.addresses) + len(self.standbys())
-            need = workers_need(options, size, shards)
-            await_room(need, options.start_timeout_s, chosen)
+            demand = workers_demand(options, size, shards)
+            await_room(demand, options.start_timeout_s, chosen)
         # as bytes: arrays that come through Ray's object store cannot be written
         make_rank = partial(_made, make, cloudpickle.dumps(given))
         return RayWorkerGroup(size, make_rank, options, self._sum_group)

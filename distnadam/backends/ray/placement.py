@@ -25,7 +25,7 @@ _UNREACHABLE_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Need:
+class Demand:
     """What several actors of one kind ask of the cluster.
 
     Args:
@@ -43,19 +43,19 @@ class Need:
     beside: Mapping[str, float] = field(default_factory=dict)
 
 
-def shards_need(options: Options, number: int) -> Need:
+def shards_demand(options: Options, number: int) -> Demand:
     """Return what so many shards need, standbys included."""
-    return Need(
+    return Demand(
         who="shards", number=number, ask=shard_ask(options), selector=options.label_selector
     )
 
 
-def workers_need(options: Options, number: int, shards: int) -> Need:
+def workers_demand(options: Options, number: int, shards: int) -> Demand:
     """Return what workers need beside so many shards, standbys included: those of them, of so many,
     that the run cannot go on without.
     """
     least = min(number, options.min_workers or number)
-    return Need(
+    return Demand(
         who="workers",
         number=least,
         ask=worker_ask(options),
@@ -65,12 +65,12 @@ def workers_need(options: Options, number: int, shards: int) -> Need:
 
 
 def await_room(
-    need: Need, start_timeout_s: float | None, cordoned: Callable[[], Collection[str]] = tuple
+    demand: Demand, start_timeout_s: float | None, cordoned: Callable[[], Collection[str]] = tuple
 ) -> None:
     """Wait up to `start_timeout_s` for nodes that could hold actors if they were empty.
 
     Args:
-        need: what they ask.
+        demand: what they ask.
         start_timeout_s: seconds; None waits for none.
         cordoned: returns the nodes that nothing may go to.
 
@@ -78,7 +78,7 @@ def await_room(
         InsufficientResources: there are none.
     """
     deadline = time.monotonic() + (start_timeout_s or 0.0)
-    while (lacking := _lacking(need, ray.nodes(), cordoned())) is not None:
+    while (lacking := _lacking(demand, ray.nodes(), cordoned())) is not None:
         if time.monotonic() >= deadline:
             remedy = (
                 "ask for less in Options, or add nodes (Options(start_timeout_s=...) "
@@ -89,31 +89,33 @@ def await_room(
         time.sleep(min(_REPORT_EVERY_S, max(0.1, deadline - time.monotonic())))
 
 
-def _lacking(need: Need, nodes: Sequence[Mapping[str, Any]], closed: Collection[str]) -> str | None:
+def _lacking(
+    demand: Demand, nodes: Sequence[Mapping[str, Any]], closed: Collection[str]
+) -> str | None:
     """Return what empty nodes lack, in words; None if there is room."""
-    found = _suitable(nodes, need.selector)
+    found = _suitable(nodes, demand.selector)
     open_ones = [node for node in found if node["NodeID"] not in closed]
-    fit = sum(room(node["Resources"], need.ask, need.number) for node in open_ones)
+    fit = sum(room(node["Resources"], demand.ask, demand.number) for node in open_ones)
     anywhere = [node for node in nodes if node["Alive"] and node["NodeID"] not in closed]
-    asks = _positive(need.ask)
+    asks = _positive(demand.ask)
     short = [
         name
         for name, amount in asks.items()
-        if need.number * amount + need.beside.get(name, 0.0) > _total(anywhere, name) + 1e-9
+        if demand.number * amount + demand.beside.get(name, 0.0) > _total(anywhere, name) + 1e-9
     ]
-    if fit >= need.number and not short:
+    if fit >= demand.number and not short:
         return None
-    held = _positive(need.beside)
+    held = _positive(demand.beside)
     wanted = [
         f"{name} {amount:g} each, the nodes have {_total(open_ones, name):g} in all"
         + (f" and the shards take {held[name]:g}" if name in held else "")
         for name, amount in asks.items()
     ]
     lacking = (
-        f"{need.number} {need.who} ask {', '.join(wanted) or 'no resource'}: "
+        f"{demand.number} {demand.who} ask {', '.join(wanted) or 'no resource'}: "
         f"{len(open_ones)} suitable node(s)"
     )
-    lacking += f" have room for {fit}" if fit < need.number else " have no room for both"
+    lacking += f" have room for {fit}" if fit < demand.number else " have no room for both"
     if left := len(found) - len(open_ones):
         lacking += f", {left} more to be left (`distnadam uncordon` takes a host back)"
     return lacking
