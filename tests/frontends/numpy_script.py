@@ -18,12 +18,12 @@ def main() -> None:
     params = {"w": np.ones(100, np.float32)}
     replica.start(params)
     for _ in range(3):
-        params = dict(replica.step(params, params))
+        replica.step(params, params, params.update)
     print(replica.optimizer.get_config()["name"], flush=True)
     sys.stdin.readline()
     try:
         while True:
-            params = dict(replica.step(params, params))
+            replica.step(params, params, params.update)
     except DistNadamError as error:
         print(f"{type(error).__name__}: {error}", flush=True)
 
