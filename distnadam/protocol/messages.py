@@ -54,13 +54,22 @@ class Collect:
 
 
 @dataclass(frozen=True)
+class Committed:
+    """Says that the checkpoint of a file is complete: one may go back to it; always legal."""
+
+    file_name: str
+
+
+@dataclass(frozen=True)
 class Saved:
-    """A file with the state as of `num_changes` replacements is complete; from the shard's host."""
+    """A checkpoint of the state as of `num_changes` replacements is complete; from the shard's
+    host.
+    """
 
     num_changes: int
 
 
-FileMessage = Reserve | Save | Collect
+FileMessage = Reserve | Save | Collect | Committed
 
 
 NO_NORM = -1.0

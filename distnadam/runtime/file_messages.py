@@ -5,11 +5,14 @@ from typing import Any
 
 from distnadam.places import above
 from distnadam.protocol.delivery import Reply, RunWork
-from distnadam.protocol.messages import Collect, FileMessage, Reserve, Save, Saved
+from distnadam.protocol.messages import Collect, Committed, FileMessage, Reserve, Save, Saved
 from distnadam.runtime.answering import attempt
 from distnadam.runtime.outbox import Outbox
 from distnadam.runtime.shard_files import ShardFiles
 from distnadam.shard.machine import Shard
+
+_KEPT = 8
+"""Files whose checkpoints are not known to be complete: more than are written at a time."""
 
 
 class FileMessages:
@@ -33,11 +36,16 @@ class FileMessages:
         self._outbox = outbox
         self._files = files
         self._restored_from = restored_from
+        self._uncommitted: dict[str, Saved] = {}  # by file name, the last one last
 
     def take(self, message: FileMessage, reply: Reply, run_work: RunWork) -> None:
         """Carry a message out, and answer it now or later."""
         if isinstance(message, Collect):
             self._files.collect(message.file_name, reply)
+            return
+        if isinstance(message, Committed):
+            self._committed(message.file_name)
+            reply(None)
             return
         work = self._files.reserve if isinstance(message, Reserve) else partial(self._save, message)
         run_work(lambda: reply(attempt(self._shard.spec.index, work)))
@@ -48,13 +56,18 @@ class FileMessages:
             outbox.settle()
             self._shard.require_hold(message.token)
             saved = Saved(self._shard.progress.num_changes)
-        return self._files.save(
-            message, self._shard.state.arrays(), lambda: self._written(message, saved)
-        )
+        if self._restored_from in (None, above(message.directory)):  # else nobody goes back to it
+            self._uncommitted[message.file_name] = saved
+            if len(self._uncommitted) > _KEPT:
+                del self._uncommitted[next(iter(self._uncommitted))]
+        return self._files.save(message, self._shard.state.arrays())
 
-    def _written(self, message: Save, saved: Saved) -> None:
-        if self._restored_from not in (None, above(message.directory)):
-            return  # nobody goes back to what is there
+    def _committed(self, file_name: str) -> None:
+        """Have the machine know what it need not lose any more; not before, since a checkpoint
+        without a manifest is none.
+        """
+        if (saved := self._uncommitted.pop(file_name, None)) is None:
+            return  # the shard of that time is gone
         outbox = self._outbox
         with outbox.lock:
             outbox.settle()

@@ -46,15 +46,12 @@ class ShardFiles:
         """Allocate the memory for a background save."""
         self.snapshots.reserve()
 
-    def save(
-        self, message: Save, arrays: State, on_written: Callable[[], None]
-    ) -> FileRecord | None:
+    def save(self, message: Save, arrays: State) -> FileRecord | None:
         """Write a file, and return its record; a background save returns None at once.
 
         Args:
             message: where to.
             arrays: what to write; a background save copies them first.
-            on_written: called when the file is complete, in the thread that wrote it.
         """
 
         def write(state: State) -> FileRecord:
@@ -62,7 +59,6 @@ class ShardFiles:
                 message.directory, message.file_name, ranges=self._ranges, state=state
             )
             self.directory = above(message.directory)
-            on_written()
             return record
 
         self._count(1)

@@ -16,6 +16,7 @@ from distnadam.nadam.step_scalars import Clock, prepare
 from distnadam.protocol.delivery import Reply, RunWork, run_in_this_thread
 from distnadam.protocol.messages import (
     Collect,
+    Committed,
     CompletePush,
     Describe,
     Description,
@@ -386,9 +387,7 @@ PREPARED: dict[type, Callable[[ShardHost, Any], Any]] = {
 
 TAKEN_HERE: dict[type, Callable[[ShardHost, Any, Reply, RunWork], None]] = {
     Describe: ShardHost._reply_to_describe,
-    Reserve: ShardHost._take_file_message,
-    Save: ShardHost._take_file_message,
-    Collect: ShardHost._take_file_message,
+    **dict.fromkeys((Reserve, Save, Collect, Committed), ShardHost._take_file_message),
 }
 """The messages that the machine does not get; it gets all others."""
 

@@ -38,7 +38,7 @@ from distnadam.protocol.supervisor_messages import (
     ReplicatedSave,
 )
 
-LAYOUT = {3: "1838bd1c3c746817"}
+LAYOUT = {4: "95245a7e3baa1c2b"}
 """What `layout` is in this version. Where the test below fails, raise `VERSION` and replace both:
 processes of the version before would take a frame for what it is not.
 """

@@ -149,6 +149,10 @@ def test_a_saved_state_is_no_longer_changed(behind: bool, tmp_path: Path) -> Non
     if behind:
         record = host.send(msg.Collect("file")).result(10)
     assert record.name == "file"
+    assert changed(host) is not None  # a checkpoint without a manifest is none
+    host.send(msg.Committed("another")).result(0)
+    assert changed(host) is not None
+    host.send(msg.Committed("file")).result(0)
     assert changed(host) is None
     assert host.send(msg.Describe()).result(0).saved == str(tmp_path.parent)
 
@@ -165,6 +169,7 @@ def test_the_end_of_a_save_sends_nothing_of_others(behind: bool, tmp_path: Path)
     host.send(save).result(0)
     if behind:
         host.send(msg.Collect("file")).result(10)
+    host.send(msg.Committed("file"))
     assert not joined.done()
     host.resume()
     assert joined.result(0).incarnation == 2
@@ -191,6 +196,7 @@ def test_a_write_that_comes_while_a_save_ends_is_not_taken_for_saved(tmp_path: P
     host.shard.progress.__class__ = Interrupted
     save = msg.Save(token="me", directory=str(tmp_path), file_name="file")
     host.send(save).result(0)
+    host.send(msg.Committed("file")).result(0)
     for thread, written in writes:
         thread.join()
         assert written.result(0) is None

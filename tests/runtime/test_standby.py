@@ -19,6 +19,7 @@ from distnadam.nadam.norms import tensor_square_sums
 from distnadam.nadam.step_overrides import packed_overrides
 from distnadam.protocol.messages import (
     Collect,
+    Committed,
     Join,
     PartialNorms,
     Pause,
@@ -377,6 +378,8 @@ def test_a_change_that_was_saved_is_no_loss_to_who_takes_over(when: str, tmp_pat
             primary.send(save).result(0)
             primary.send(Resume("me")).result(0)
             primary.send(Collect("file")).result(10)
+            assert primary.shard.progress.changed is not None  # what has no manifest is none yet
+            primary.send(Committed("file")).result(10)
 
     primary.connect_standby = fill_as_a_save_ends
     primary.send(Pause("me")).result(0)
