@@ -14,6 +14,7 @@ from typing import Any
 
 from typing_extensions import override
 
+from distnadam.checkpoint.manifest import CheckpointId
 from distnadam.config import Options
 from distnadam.metrics.meter import Meter
 from distnadam.protocol.messages import (
@@ -280,8 +281,8 @@ class SupervisorClient(ABC):
     """Reaches what recovers and reshards the shards; every call is idempotent."""
 
     @abstractmethod
-    def started(self, *, initial: Flat | None, directory: str | None) -> None:
-        """Report that the shards have their state: these parameters, or a checkpoint there.
+    def started(self, *, initial: Flat | None, checkpoint: CheckpointId | None) -> None:
+        """Report that the shards have their state: these parameters, or a checkpoint's.
 
         From now on the supervisor watches, and can go back to it.
         """
@@ -291,19 +292,23 @@ class SupervisorClient(ABC):
         """Report that shards stand at different rounds and this caller cannot bring them level."""
 
     @abstractmethod
-    def state_replaced(self, what: str) -> None:
+    def replacement_begun(self, what: str) -> None:
         """Report, before it happens, that a client replaces state; `what` says which.
 
         Going back to an older checkpoint and replaying the steps would lose it.
         """
 
     @abstractmethod
-    def generation(self) -> int:
-        """Return a number that every `state_replaced` changes; fixed while all shards are held."""
+    def replacement_answered(self) -> None:
+        """Report that all shards have what was replaced last, before its author hears of it."""
 
     @abstractmethod
-    def checkpoint_saved(self, root: str, generation: int) -> None:
-        """Report a complete checkpoint under `root`, of a state of that generation."""
+    def generation(self) -> int:
+        """Return a number that every replacement changes; fixed while all shards are held."""
+
+    @abstractmethod
+    def checkpoint_saved(self, checkpoint: CheckpointId, generation: int) -> None:
+        """Report a complete checkpoint, of a state of that generation."""
 
     @abstractmethod
     def lost_ranks(self) -> dict[int, int]:

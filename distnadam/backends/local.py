@@ -24,6 +24,7 @@ from distnadam.backends.base import (
 )
 from distnadam.backends.local_channel import LocalPending, LocalWorkerChannel
 from distnadam.backends.local_worker_group import LocalWorkerGroup
+from distnadam.checkpoint.manifest import CheckpointId
 from distnadam.config import Options
 from distnadam.errors import StepTimeout, Unrecoverable
 from distnadam.metrics.meter import Meter, shard_bytes
@@ -230,7 +231,7 @@ class LocalSupervisorClient(SupervisorClient):
         self._generation = 0
 
     @override
-    def started(self, *, initial: Flat | None, directory: str | None) -> None:
+    def started(self, *, initial: Flat | None, checkpoint: CheckpointId | None) -> None:
         """Do nothing: shards of this process never go back."""
 
     @override
@@ -238,15 +239,19 @@ class LocalSupervisorClient(SupervisorClient):
         """Do nothing: the caller's error ends the run."""
 
     @override
-    def state_replaced(self, what: str) -> None:
+    def replacement_begun(self, what: str) -> None:
         self._generation += 1
+
+    @override
+    def replacement_answered(self) -> None:
+        """Do nothing: shards of this process never go back."""
 
     @override
     def generation(self) -> int:
         return self._generation
 
     @override
-    def checkpoint_saved(self, root: str, generation: int) -> None:
+    def checkpoint_saved(self, checkpoint: CheckpointId, generation: int) -> None:
         """Do nothing: shards of this process never go back."""
 
     @override

@@ -12,7 +12,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-from distnadam.checkpoint.manifest import SHARD_FILE, FileRecord, Manifest, shard_file_name
+from distnadam.checkpoint.manifest import (
+    SHARD_FILE,
+    CheckpointId,
+    FileRecord,
+    Manifest,
+    shard_file_name,
+)
 from distnadam.checkpoint.shard_file import check_file_record, verify_files
 from distnadam.checkpoint.storage.base import Directory
 from distnadam.checkpoint.storage.resolve import DirectoryLike, open_directory
@@ -64,6 +70,11 @@ class NewCheckpoint:
         self.directory = directory
         self.round = manifest.round
         self._manifest = manifest
+
+    @property
+    def id(self) -> CheckpointId:
+        """Which checkpoint it will be."""
+        return CheckpointId(self.directory.place, self._manifest.save_id)
 
     def file_name(self, index: int, count: int) -> str:
         """Return the name of the file of shard `index` of `count`."""

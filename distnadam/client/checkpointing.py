@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from distnadam.client.shard_group import IO_TIMEOUT_S, ShardGroup
 from distnadam.config import Settings
 from distnadam.errors import CheckpointError, DistNadamError, Rewound, ShardLost, StepTimeout
 from distnadam.metrics.meter import Meter
-from distnadam.protocol.messages import Collect, Committed, Paused, Reserve, Save
+from distnadam.protocol.messages import Collect, Paused, Reserve, Save
 from distnadam.threads import in_background, renew_after_fork
 from distnadam.waiting import is_long, said_if_long, say_waiting
 
@@ -115,7 +115,6 @@ class _Snapshot:
     `generation` is the supervisor's number for the state that it was taken of.
     """
 
-    root: Directory
     checkpoint: NewCheckpoint
     names: dict[int, str]
     generation: int
@@ -213,8 +212,7 @@ def _save(shards: ShardGroup, root: Directory, saved: Saved) -> str:
             saves = _saves(shards, checkpoint, at.token, behind=False)
             records = shards.ask(saves, timeout_s=IO_TIMEOUT_S)
             checkpoint.commit(records[i] for i in sorted(records))
-            _say_committed(shards, {i: save.file_name for i, save in saves.items()})
-        shards.backend.supervisor.checkpoint_saved(root.place, generation)
+        shards.backend.supervisor.checkpoint_saved(checkpoint.id, generation)
         return checkpoint.directory.place
 
 
@@ -227,7 +225,6 @@ def _snapshot(shards: ShardGroup, root: Directory, saved: Saved) -> _Snapshot:
             saves = _saves(shards, checkpoint, at.token, behind=True)
             shards.ask(saves, timeout_s=IO_TIMEOUT_S)
         return _Snapshot(
-            root=root,
             checkpoint=checkpoint,
             names={i: save.file_name for i, save in saves.items()},
             generation=generation,
@@ -269,9 +266,8 @@ def _write_behind(shards: ShardGroup, snapshot: _Snapshot, saving: SaveHandle) -
             collects = {i: Collect(name) for i, name in snapshot.names.items()}
             records = shards.ask(collects, timeout_s=IO_TIMEOUT_S)
             snapshot.checkpoint.commit(records[i] for i in sorted(records))
-            _say_committed(shards, snapshot.names)
-            root = snapshot.root.place
-            shards.backend.supervisor.checkpoint_saved(root, snapshot.generation)
+            checkpoint = snapshot.checkpoint.id
+            shards.backend.supervisor.checkpoint_saved(checkpoint, snapshot.generation)
     except CheckpointError as error:
         saving.fail(error)
     except ShardLost as error:
@@ -288,14 +284,6 @@ def _write_behind(shards: ShardGroup, snapshot: _Snapshot, saving: SaveHandle) -
         saving.fail(error)
     else:
         saving.complete(directory.place)
-
-
-def _say_committed(shards: ShardGroup, names: Mapping[int, str]) -> None:
-    """Tell shards that what they hold is in a checkpoint; who misses it goes back to none without
-    an error.
-    """
-    with suppress(DistNadamError):
-        shards.ask({index: Committed(name) for index, name in names.items()})
 
 
 @contextmanager

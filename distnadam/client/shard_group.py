@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 
 from distnadam import waiting
 from distnadam.backends.base import Backend
-from distnadam.checkpoint.manifest import Manifest
+from distnadam.checkpoint.manifest import CheckpointId, Manifest
 from distnadam.checkpoint.shard_file import leftover_readers
 from distnadam.checkpoint.storage.base import Directory
 from distnadam.client.answers import late_answers
@@ -33,7 +33,6 @@ from distnadam.errors import (
 from distnadam.hyperparameters import NadamConfig
 from distnadam.nadam.step_overrides import Betas, BetasByGroup, Rates, packed_overrides
 from distnadam.nadam.step_scalars import Clock
-from distnadam.places import above
 from distnadam.protocol.messages import (
     CatchUp,
     Describe,
@@ -45,7 +44,6 @@ from distnadam.protocol.messages import (
     RoundResult,
     SetConfig,
     Write,
-    describe_replacement,
 )
 from distnadam.protocol.round_settings import ORDINARY, RoundSettings
 from distnadam.protocol.supervisor_messages import Load, Order
@@ -134,7 +132,7 @@ class ShardGroup:
             {index: Load(epoch=1, params=cut) for index, cut in enumerate(cuts)},
             self.options.step_timeout_s,
         )
-        self.backend.supervisor.started(initial=params, directory=None)
+        self.backend.supervisor.started(initial=params, checkpoint=None)
 
     def restore(self, directory: Directory, manifest: Manifest) -> None:
         """Load a checkpoint into new shards: each reads its own ranges, all verify every byte."""
@@ -144,7 +142,8 @@ class ShardGroup:
             for index, left in enumerate(leftovers)
         }
         self._begin(messages, IO_TIMEOUT_S)
-        self.backend.supervisor.started(initial=None, directory=above(directory.place))
+        checkpoint = CheckpointId(directory.place, manifest.save_id)
+        self.backend.supervisor.started(initial=None, checkpoint=checkpoint)
 
     def _begin(self, loads: Mapping[int, Order], timeout_s: float) -> None:
         """Have new shards load, again if a call was lost: one that has loaded says so."""
@@ -222,8 +221,8 @@ class ShardGroup:
 
         def write() -> None:
             with self.boundary() as at:
-                what = describe_replacement("the state", at.held.round)
-                self.backend.supervisor.state_replaced(what)
+                what = _describe_replacement("the state", at.held.round)
+                self.backend.supervisor.replacement_begun(what)
                 writes = {
                     index: Write(
                         token=at.token,
@@ -234,6 +233,7 @@ class ShardGroup:
                     for index, ranges in enumerate(self.ranges)
                 }
                 self.ask(writes)
+                self.backend.supervisor.replacement_answered()
 
         self._said_if_long(f"writing {', '.join(state)}", write)
 
@@ -250,9 +250,10 @@ class ShardGroup:
                 config = changed_config(held.config, values)
                 if held.awaits_norms and config.clips_by_norm != held.config.clips_by_norm:
                     self.ask(self.for_all(CatchUp(at.token, held.round + 1)))
-                what = describe_replacement("the configuration", held.round)
-                self.backend.supervisor.state_replaced(what)
+                what = _describe_replacement("the configuration", held.round)
+                self.backend.supervisor.replacement_begun(what)
                 self.ask(self.for_all(SetConfig(at.token, config, held.revision + 1)))
+                self.backend.supervisor.replacement_answered()
                 return config
 
         return self._said_if_long(f"setting {', '.join(values)}", write)
@@ -383,3 +384,8 @@ class ShardGroup:
             raise StepTimeout(
                 f"shards {sorted(messages)} did not all answer {kind} in {timeout_s:g} s"
             ) from error
+
+
+def _describe_replacement(what: str, round: int) -> str:
+    """Return the sentence for what was replaced after a round."""
+    return f"{what} was replaced after round {round}"

@@ -45,7 +45,6 @@ from distnadam.protocol.supervisor_messages import (
     ReplicatedConfig,
     ReplicatedJoin,
     ReplicatedRound,
-    ReplicatedSave,
 )
 
 _SUMS = 1  # the msgpack extension of a float64 array
@@ -292,10 +291,8 @@ def pack_record(record: Record) -> bytes:
             body = ("join", record.rank, record.incarnation, record.process)
         case Reconfigure():
             body = ("reconfigure", record.epoch, record.schedule, record.newest)
-        case ReplicatedSave():
-            body = ("saved",)
         case ReplicatedConfig():
-            body = ("config", record.config.to_dict(), record.revision, record.changed)
+            body = ("config", record.config.to_dict(), record.revision)
         case DetachStandby():
             body = ("detach",)
         case ReplicatedRound():
@@ -336,10 +333,8 @@ def _reconfigure(epoch: int, schedule: Any, newest: dict[int, int]) -> Reconfigu
     )
 
 
-def _config(config: dict[str, Any], revision: int, changed: str | None) -> ReplicatedConfig:
-    return ReplicatedConfig(
-        config=NadamConfig.from_dict(config), revision=revision, changed=changed
-    )
+def _config(config: dict[str, Any], revision: int) -> ReplicatedConfig:
+    return ReplicatedConfig(config=NadamConfig.from_dict(config), revision=revision)
 
 
 def _round(
@@ -371,7 +366,6 @@ def _round(
 _MAKE_RECORD: dict[str, Callable[..., Record]] = {
     "join": ReplicatedJoin,
     "reconfigure": _reconfigure,
-    "saved": ReplicatedSave,
     "config": _config,
     "detach": DetachStandby,
     "round": _round,

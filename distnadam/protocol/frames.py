@@ -11,7 +11,7 @@ from distnadam.errors import LaneError
 HEADER = struct.Struct("<I")
 """The length of the body that follows."""
 
-VERSION = 4
+VERSION = 5
 """Of the frames, the handshakes and the records of this folder. Raise it with every change of one,
 which `tests/protocol/test_version.py` notices.
 """

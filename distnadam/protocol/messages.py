@@ -53,23 +53,7 @@ class Collect:
     file_name: str
 
 
-@dataclass(frozen=True)
-class Committed:
-    """Says that the checkpoint of a file is complete: one may go back to it; always legal."""
-
-    file_name: str
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A checkpoint of the state as of `num_changes` replacements is complete; from the shard's
-    host.
-    """
-
-    num_changes: int
-
-
-FileMessage = Reserve | Save | Collect | Committed
+FileMessage = Reserve | Save | Collect
 
 
 NO_NORM = -1.0
@@ -282,11 +266,6 @@ class Write:
     state: dict[str, Flat]
     clock: Clock | None = None
     epoch: int | None = None
-
-
-def describe_replacement(what: str, round: int) -> str:
-    """Return the sentence for what `Write` or `SetConfig` replaced after a round."""
-    return f"{what} was replaced after round {round}"
 
 
 @dataclass(frozen=True)

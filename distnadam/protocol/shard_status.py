@@ -80,7 +80,6 @@ class Description:
         epoch_reason: why the epoch began.
         schedule: the membership by round.
         newest: by rank, the newest incarnation.
-        changed: how the state was replaced since it was last saved; None if it was not.
         replicated: the last round that the standby has; None without one.
         given_up: the ranks that no worker takes over.
         saved: the directory of checkpoints last written to or read from.
@@ -115,7 +114,6 @@ class Description:
     epoch_reason: str = ""
     schedule: tuple[tuple[int, tuple[int, ...]], ...] = ()
     newest: dict[int, int] = field(default_factory=dict)
-    changed: str | None = None
     replicated: int | None = None
     given_up: tuple[int, ...] = ()
     saved: str | None = None

@@ -110,7 +110,6 @@ class ShardControlState:
     rejection: str | None
     ledger: dict[str, Any]
     schedule: MembershipHistory = ()
-    changed: str | None = None
     history: tuple[tuple[int, Reason], ...] = ()
     counted: dict[int, PushNote] = field(default_factory=dict)
     live_owners: Owners = field(default_factory=dict)
@@ -147,18 +146,12 @@ class ReplicatedJoin:
     process: str | None = None
 
 
-@dataclass(frozen=True)
-class ReplicatedSave:
-    """The state is saved as it was last replaced from outside: going back would not lose that."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class ReplicatedConfig:
-    """The hyper-parameters are these from here on; `changed` says that they were replaced."""
+    """The hyper-parameters are these from here on."""
 
     config: NadamConfig
     revision: int
-    changed: str | None
 
 
 @dataclass(frozen=True)
@@ -181,14 +174,7 @@ class DetachStandby:
     """The primary goes on without this standby, which must never replace it."""
 
 
-Record = (
-    ReplicatedRound
-    | ReplicatedJoin
-    | ReplicatedSave
-    | ReplicatedConfig
-    | Reconfigure
-    | DetachStandby
-)
+Record = ReplicatedRound | ReplicatedJoin | ReplicatedConfig | Reconfigure | DetachStandby
 
 
 Order = Reconfigure | Load | AttachStandby | AbandonRank | Retire

@@ -117,14 +117,6 @@ class Outbox:
             )
         return self._begin()
 
-    def queue_alone(self, effects: list[Effect]) -> bool:
-        """Queue effects, as `queue`, which are to be sent only if nothing of others waits: else
-        whoever sends that sends them too.
-        """
-        is_alone = self.is_empty
-        self._queued.extend(effects)
-        return is_alone and self._begin()
-
     def _may_send(self) -> bool:
         return self._can_send is None or self._can_send()
 

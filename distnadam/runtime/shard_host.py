@@ -16,7 +16,6 @@ from distnadam.nadam.step_scalars import Clock, prepare
 from distnadam.protocol.delivery import Reply, RunWork, run_in_this_thread
 from distnadam.protocol.messages import (
     Collect,
-    Committed,
     CompletePush,
     Describe,
     Description,
@@ -114,9 +113,7 @@ class ShardHost:
             can_send=can_send,
         )
         self.lock = self._outbox.lock
-        self._file_messages = FileMessages(
-            self.shard, self._outbox, self.files, spec.options.checkpoint_dir
-        )
+        self._file_messages = FileMessages(self.shard, self._outbox, self.files)
         self._waiting: set[Reply] = set()
         self._is_closed = False
         self._idle_since = perf_counter()
@@ -153,7 +150,7 @@ class ShardHost:
         self.shard.progress.take_over(control_state, reconfigure)
         if reconfigure.config is not None and reconfigure.revision > control_state.revision:
             self.shard.config = reconfigure.config  # its primary died before it was told
-            self.shard.progress.take_revision(reconfigure.revision)
+            self.shard.progress.revision = reconfigure.revision
 
     def attach_meter(self, meter: Meter) -> None:
         """Count the rounds applied in a meter, and have it sample the shard's status."""
@@ -345,8 +342,7 @@ class ShardHost:
             before = self._replicator.attach(stream, order.standby)
             self._outbox.carriers[Replicate] = self._replicator.replicate
             missed = shard.progress.missed_by_copy()
-        for record in missed:
-            stream.send(record)
+        stream.send(missed)
         if before is not None:
             before.close()
         return shard.progress.round
@@ -387,7 +383,7 @@ PREPARED: dict[type, Callable[[ShardHost, Any], Any]] = {
 
 TAKEN_HERE: dict[type, Callable[[ShardHost, Any, Reply, RunWork], None]] = {
     Describe: ShardHost._reply_to_describe,
-    **dict.fromkeys((Reserve, Save, Collect, Committed), ShardHost._take_file_message),
+    **dict.fromkeys((Reserve, Save, Collect), ShardHost._take_file_message),
 }
 """The messages that the machine does not get; it gets all others."""
 

@@ -26,7 +26,6 @@ from distnadam.protocol.supervisor_messages import (
     ReplicatedConfig,
     ReplicatedJoin,
     ReplicatedRound,
-    ReplicatedSave,
     ShardControlState,
 )
 from distnadam.runtime.shard_host import ShardHost
@@ -177,7 +176,7 @@ class Standby:
 
     def _after(
         self,
-        record: ReplicatedJoin | ReplicatedSave | ReplicatedConfig | Reconfigure,
+        record: ReplicatedJoin | ReplicatedConfig | Reconfigure,
         now: ShardControlState,
     ) -> ShardControlState:
         """Return the control state after a record; learn what of it is kept elsewhere."""
@@ -189,11 +188,9 @@ class Standby:
                 if record.process is not None:
                     owners[record.rank] = record.incarnation, record.process
                 return dataclasses.replace(now, live_owners=owners)
-            case ReplicatedSave():
-                return dataclasses.replace(now, changed=None)
             case ReplicatedConfig():
                 self._spec = dataclasses.replace(self._spec, config=record.config)
-                return dataclasses.replace(now, revision=record.revision, changed=record.changed)
+                return dataclasses.replace(now, revision=record.revision)
             case Reconfigure():
                 self._ledger.admit_all(record.newest)
                 history = now.history

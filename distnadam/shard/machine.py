@@ -80,7 +80,6 @@ class Shard:
             msg.Read: self._read,
             msg.Write: self._write,
             msg.SetConfig: self._set_config,
-            msg.Saved: self._saved,
             msg.Step: self._step,
             msg.StepNorms: self._step_norms,
             orders.Reconfigure: self._reconfigure,
@@ -107,7 +106,7 @@ class Shard:
             what = f"{kind.__name__} is not legal while {self.phase.value}"
             raise IllegalMessage(f"{self._who}: {what}")
         effects = self._handlers[kind](message, caller)
-        return effects if kind is msg.Saved else effects + self._advance()
+        return effects + self._advance()
 
     def computed(self, work: Work, result: Any) -> list[Effect]:
         """Take the result of the work asked for: for MEASURE the `PartialNorms`, for STEP the clock
@@ -211,7 +210,6 @@ class Shard:
         self.state.write(message.state)
         if message.clock is not None:
             self.progress.clock = message.clock
-        self.progress.change("the state")
         error = self.progress.next_epoch("replaced", message.epoch, self._who)
         return [Replicate(orders.DetachStandby()), *self._drop_round(error), Answer(caller, None)]
 
@@ -221,11 +219,6 @@ class Shard:
         if switches and self.phase is Phase.AWAITING_NORMS:
             raise IllegalMessage(f"{self._who}: clipping is switched while a round awaits norms")
         return [self._take_config(message.config, message.revision), Answer(caller, None)]
-
-    def _saved(self, message: msg.Saved, caller: Any) -> list[Effect]:
-        if not self.progress.saved(message.num_changes):
-            return []
-        return [Replicate(orders.ReplicatedSave())]
 
     def _step(self, message: msg.Step, caller: Any) -> list[Effect]:
         if message.token is not None:
@@ -263,7 +256,7 @@ class Shard:
 
     def _take_config(self, config: NadamConfig, revision: int) -> Replicate:
         self.config = config
-        self.progress.take_revision(revision)
+        self.progress.revision = revision
         return Replicate(self.progress.record_config(config))
 
     def _abandon_rank(self, order: orders.AbandonRank, caller: Any) -> list[Effect]:

@@ -51,7 +51,6 @@ _ALWAYS = frozenset(
         msg.Pause,
         msg.CatchUp,
         msg.Resume,
-        msg.Saved,
         orders.Reconfigure,
         orders.Load,
         orders.AttachStandby,
@@ -71,12 +70,11 @@ LEGAL: dict[Phase, frozenset[type]] = {
             msg.Resume,
             msg.WorkerDied,
             msg.Leave,
-            msg.Saved,
             orders.Load,
             orders.Reconfigure,
             orders.AbandonRank,
         }
     ),
-    Phase.BROKEN: frozenset({msg.Resume, msg.WorkerDied, msg.Saved}),
+    Phase.BROKEN: frozenset({msg.Resume, msg.WorkerDied}),
 }
 """The messages that each phase takes; any other is refused and changes nothing."""

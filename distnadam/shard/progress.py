@@ -19,17 +19,14 @@ from distnadam.protocol.messages import (
     Paused,
     PushNote,
     RoundResult,
-    describe_replacement,
 )
 from distnadam.protocol.supervisor_messages import (
     DetachStandby,
     Load,
     Reason,
     Reconfigure,
-    Record,
     ReplicatedConfig,
     ReplicatedRound,
-    ReplicatedSave,
     ShardControlState,
 )
 from distnadam.shard.epochs import Epochs
@@ -60,8 +57,6 @@ class Progress:
         outcome: how the last round ended.
         rejection: why it applied no step, if so.
         counted: by rank, its last push that counted.
-        changed: how the state was replaced since it was last saved; None if it was not.
-        num_changes: how often it was replaced, so that a save knows whether it has the last one.
     """
 
     def __init__(
@@ -88,8 +83,6 @@ class Progress:
         self.outcome: Outcome = "applied"
         self.rejection: str | None = None
         self.counted: dict[int, PushNote] = {}
-        self.changed: str | None = None
-        self.num_changes = 0
 
     def take_step(self, clock: Clock, lr: float, stepped: Round) -> None:
         """Take the arrays, the clock and the learning rate of a round's step."""
@@ -153,38 +146,21 @@ class Progress:
         assert error is not None
         return error
 
-    def change(self, what: str) -> None:
-        """Record that the state is no longer that of its rounds, until it is saved."""
-        self.changed = describe_replacement(what, self.round)
-        self.num_changes += 1
-
-    def take_revision(self, revision: int) -> None:
-        """Record that the hyper-parameters are of this revision from here on."""
-        self.revision = revision
-        self.change("the configuration")
-
     def record_config(self, config: NadamConfig) -> ReplicatedConfig | DetachStandby:
         """Return the record of these hyper-parameters. One that has a plain function, which does
         not travel as a record, ends the standby, so that it is filled anew with them.
         """
         if not config.is_plain:
             return DetachStandby()
-        return ReplicatedConfig(config=config, revision=self.revision, changed=self.changed)
+        return ReplicatedConfig(config=config, revision=self.revision)
 
-    def saved(self, num_changes: int) -> bool:
-        """Record that the state as of this many changes is saved; return whether that is all."""
-        if num_changes == self.num_changes:
-            self.changed = None
-        return self.changed is None
-
-    def missed_by_copy(self) -> list[Record]:
+    def missed_by_copy(self) -> Reconfigure:
         """Return what may have come since a standby's copy of the control state was taken."""
-        reconfigure = Reconfigure(
+        return Reconfigure(
             epoch=self.epochs.now,
             schedule=self.members.schedule,
             newest=self.members.ledger.newest_of_all(),
         )
-        return [reconfigure, ReplicatedSave()] if self.changed is None else [reconfigure]
 
     def control_state(self) -> ShardControlState:
         """Return all of this, but for the arrays, as a record."""
@@ -199,7 +175,6 @@ class Progress:
             rejection=self.rejection,
             ledger=self.members.ledger.to_dict(),
             schedule=self.members.schedule,
-            changed=self.changed,
             history=self.epochs.history,
             counted=dict(self.counted),
             live_owners=self.members.live_owners,
@@ -226,8 +201,6 @@ class Progress:
         self.outcome = record.outcome
         self.rejection = record.rejection
         self.counted = dict(record.counted)
-        self.changed = record.changed
-        self.num_changes += 1
         self.members.restore(record.ledger, record.schedule, record.live_owners)
 
     def load(self, record: ShardControlState, load: Load) -> None:
@@ -283,7 +256,6 @@ class Progress:
             iterations=self.clock.iterations,
             skipped=self.skipped,
             stepped=members.ledger.last(DIRECT),
-            changed=self.changed,
             config=config,
             revision=self.revision,
             applied_revision=self.applied_revision,

@@ -22,10 +22,13 @@ class Promote:
 
 @dataclass(frozen=True)
 class Rewind:
-    """Have all shards go back together; start these again first."""
+    """Have all shards go back together; start these again first. With `undoing` a replacement that
+    was half done may be lost.
+    """
 
     shards: tuple[int, ...]
     why: str
+    undoing: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from typing import Any
 
 from distnadam.errors import DistNadamError, IllegalMessage, ShardLost, StepTimeout
 from distnadam.hyperparameters import NadamConfig
-from distnadam.places import shown
 from distnadam.protocol.messages import Description, Join, Joined, Resume, ShardSpec, WorkerDied
 from distnadam.protocol.orphaned_push import orphaned_pushes
 from distnadam.protocol.supervisor_messages import (
@@ -154,6 +153,7 @@ class DecisionExecutor:
         shards = ", ".join(map(str, decision.shards))
         log.warning("shard %s missed a replacement of the configuration, and gets it", shards)
         self._reconfigure(self._cluster.next_epoch(), self._cluster.schedule, self._cluster.config)
+        self._restore_points.replacement_answered()
 
     def _release_hold(self, decision: decisions.ReleaseHold, seen: Observation) -> None:
         log.warning("the shards were held by %s, which is gone; they go on", decision.token)
@@ -189,7 +189,7 @@ class DecisionExecutor:
             cluster.shards[index] = process
             cluster.processes.watch(process)
         epoch = cluster.next_epoch()
-        for point in self._restore_points.candidates():
+        for point in self._restore_points.candidates(undoing=decision.undoing):
             load = Load(
                 epoch=epoch,
                 schedule=cluster.schedule,
@@ -204,15 +204,16 @@ class DecisionExecutor:
             if any(isinstance(error, (ShardLost, StepTimeout)) for error in errors):
                 return  # another death: look again
             if not errors and len(answers) == len(cluster.shards):
-                self._restore_points.changed = None
+                self._restore_points.gone_back(point)
                 cluster.cannot_complete = False
                 self.counts["rewound"] += 1
                 self._publish(None)
                 return
             if errors:
                 log.warning("passing over %s: %s", point, errors[0])
-        where = shown(self._restore_points.directory or "")
-        self._publish(f"{decision.why}, and no checkpoint under {where} can be loaded")
+        points = self._restore_points.candidates(undoing=decision.undoing)
+        tried = ", ".join(map(str, points))
+        self._publish(f"{decision.why}, and nothing to go back to can be loaded, of {tried}")
 
     def reshard(self, cuts: Sequence[Ranges]) -> None:
         """Have new shards of these ranges take the state over; the present ones go on if it fails.

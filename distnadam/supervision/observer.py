@@ -65,7 +65,6 @@ class Observer:
         uneven = self._uneven_for_long(described, now, held=held)
         empty = any(answer.phase == Phase.EMPTY.value for answer in described)
         members = frozenset(described[0].members if described else ())
-        changed = next((each.changed for each in described if each.changed is not None), None)
         given_up = [frozenset(each.given_up) for each in described]
         return policy.Observation(
             shards=shards,
@@ -81,7 +80,8 @@ class Observer:
             members=members,
             asking=frozenset(cluster.live_owners) - members,
             has_restore_point=self._restore_points.present,
-            changed=self._restore_points.changed or changed,
+            changed=self._restore_points.changed,
+            changed_before=self._restore_points.changed_before,
             given_up=frozenset.intersection(*given_up) if given_up else frozenset(),
             highest_round=cluster.highest_round,
         )
@@ -117,7 +117,6 @@ class Observer:
                 successor_unfilled=successor is not None and successor in cluster.unfilled,
                 filling=filling,
                 stale=stale,
-                changed=answer.changed,
                 revision=answer.revision,
                 applied_revision=answer.applied_revision,
                 leaves=cluster.processes.is_to_leave(process),

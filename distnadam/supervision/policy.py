@@ -49,7 +49,6 @@ class ShardObservation:
         successor_unfilled: whether that could not be filled.
         filling: whether that process is being started or filled.
         stale: whether that process must not take over any more.
-        changed: what was replaced from outside since it was loaded or saved, as far as it knows.
         revision: how often its hyper-parameters were replaced.
         applied_revision: that of its last applied step.
         leaves: whether its host is to be left.
@@ -70,7 +69,6 @@ class ShardObservation:
     successor_unfilled: bool = False
     filling: bool = False
     stale: bool = False
-    changed: str | None = None
     revision: int = 0
     applied_revision: int = 0
     leaves: bool = False
@@ -97,6 +95,7 @@ class Observation:
         has_restore_point: whether there is a checkpoint, or `build`'s parameters, to go back to.
         changed: what was replaced from outside since then, which going back would lose; None:
             nothing.
+        changed_before: the same without the last replacement, if that was never answered.
         given_up: ranks whose waiters got WorkerLost.
         highest_round: the latest round that was ever decided; where shards went back from there,
             they replay what is recorded.
@@ -114,6 +113,7 @@ class Observation:
     asking: frozenset[int] = frozenset()
     has_restore_point: bool = True
     changed: str | None = None
+    changed_before: str | None = None
     given_up: frozenset[int] = frozenset()
     highest_round: int = 0
 
@@ -148,7 +148,7 @@ def decide(seen: Observation, rules: Rules) -> list[Decision]:
         return first + torn
     if seen.cannot_complete:
         why = "some shards have applied a round that the others cannot complete"
-        return first + _rewind(seen, (), why, seen.changed)
+        return first + _rewind(seen, (), why)
     decisions = first + _ranks(seen, rules) + _standbys(seen, rules)
     return decisions or _leaving(seen)
 
@@ -164,7 +164,6 @@ def _shards_died(seen: Observation, gone: tuple[int, ...]) -> list[Decision]:
         seen,
         gone,
         f"shard {', '.join(map(str, gone))} died without a standby that could step in",
-        seen.changed,
     )
 
 
@@ -256,7 +255,7 @@ def _torn(seen: Observation) -> list[Decision] | None:
             return _undo(seen, behind, "the configuration")
         return [] if seen.held else [CompleteConfig(behind)]
     if any(shard.epoch == 0 for shard in seen.shards):
-        return _rewind(seen, (), "a shard that was started again has no state yet", seen.changed)
+        return _rewind(seen, (), "a shard that was started again has no state yet")
     if all(shard.reason == "reconfigured" for shard in seen.shards if shard.epoch == newest):
         return [Complete(behind, newest)]
     return _undo(seen, behind, "the state")
@@ -266,18 +265,14 @@ def _undo(seen: Observation, behind: tuple[int, ...], what: str) -> list[Decisio
     """Go back to before a replacement that these shards missed, once nobody completes it."""
     if seen.held:
         return []  # on its way
-    before = next(
-        (seen.shards[index].changed for index in behind if seen.shards[index].changed is not None),
-        None,
-    )
     why = (
         f"shard {', '.join(map(str, behind))} missed a replacement of {what} that others have taken"
     )
-    return _rewind(seen, (), why, before)
+    return _rewind(seen, (), why, undoing=True)
 
 
 def _rewind(
-    seen: Observation, gone: tuple[int, ...], why: str, changed: str | None
+    seen: Observation, gone: tuple[int, ...], why: str, *, undoing: bool = False
 ) -> list[Decision]:
     if not seen.has_restore_point:
         return [
@@ -286,6 +281,7 @@ def _rewind(
                 "Options(checkpoint_dir=...), or use replicas=1"
             )
         ]
+    changed = seen.changed_before if undoing else seen.changed
     if changed is not None:
         return [
             Fail(
@@ -293,7 +289,7 @@ def _rewind(
                 "after such a change, or use replicas=1"
             )
         ]
-    return [Rewind(gone, why)]
+    return [Rewind(gone, why, undoing=undoing)]
 
 
 def _ranks(seen: Observation, rules: Rules) -> list[Decision]:

@@ -1,7 +1,7 @@
 """Watches all processes of one optimizer: takes events, observes, asks `policy`, executes.
 
-One supervisor per optimizer. Everything that it must know it can read again from the shards, so a
-successor goes on where a dead one stopped.
+One supervisor per optimizer. Everything that it must know it can read again from the shards, or,
+where they may be gone too, from its memory, so a successor goes on where a dead one stopped.
 """
 
 import logging
@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
-from distnadam.protocol.messages import Description, ShardSpec
+from distnadam.checkpoint.manifest import CheckpointId
+from distnadam.protocol.messages import ShardSpec
 from distnadam.protocol.supervisor_events import (
     CannotComplete,
     RankDied,
@@ -34,7 +35,7 @@ from distnadam.supervision.events import (
 from distnadam.supervision.executor import DecisionExecutor
 from distnadam.supervision.observer import Observer
 from distnadam.supervision.process_manager import ProcessManager, ShardProcess
-from distnadam.supervision.restore_points import RestorePoints
+from distnadam.supervision.restore_points import RestoreMemory, RestorePoints
 from distnadam.supervision.shard_map import ShardMap, ShardMapPublisher, require_alive
 from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Ranges
@@ -59,6 +60,7 @@ class Supervisor:
         specs: the shards', in order.
         replicas: standbys per shard, 0 or 1.
         processes: starts, reaches and ends processes.
+        memory: keeps what can be gone back to for a successor; None where none comes.
         beside: starts and fills standbys beside the watch; a thread by default.
         clock: returns seconds.
     """
@@ -69,13 +71,14 @@ class Supervisor:
         replicas: int,
         processes: ProcessManager,
         *,
+        memory: RestoreMemory | None = None,
         beside: Executor | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         options = specs[0].options
         self.cluster = ClusterState(specs, processes, clock)
         self.restore_points = RestorePoints(
-            options.checkpoint_dir, retain_initial=options.retain_initial
+            options.checkpoint_dir, retain_initial=options.retain_initial, memory=memory
         )
         self._options = options
         self._rules = policy.Rules(
@@ -112,37 +115,31 @@ class Supervisor:
         if not dead:
             self._publish(None)
 
-    def begin(self, *, initial: Flat | None, directory: str | None) -> None:
+    def begin(self, *, initial: Flat | None, checkpoint: CheckpointId | None) -> None:
         """Start the watch over shards that have their state.
 
         Idempotent: once watching, only records the restore point.
 
         Args:
             initial: the parameters that the shards began with, by space.
-            directory: where the checkpoint is that they were restored from.
+            checkpoint: that they were restored from.
         """
         with self._lock:
             begun, self._begun = self._begun, True
         if begun:
-            self.restore_points.begin(initial, directory)
+            self.restore_points.begin(initial, checkpoint)
             return
-        self.resync(initial=initial, directory=directory)
+        self.resync(initial=initial, checkpoint=checkpoint)
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
         start(self._thread)
         self.notify(LookNow())
 
-    def resync(self, *, initial: Flat | None, directory: str | None) -> None:
+    def resync(self, *, initial: Flat | None, checkpoint: CheckpointId | None) -> None:
         """Watch the processes, and learn from them what an earlier supervisor knew."""
-        self.restore_points.begin(initial, directory)
+        self.restore_points.begin(initial, checkpoint)
         for process in (*self.cluster.alive().values(), *self.cluster.all_standbys()):
             self.cluster.processes.watch(process)
-        saved = [
-            answer.saved
-            for answer in self.cluster.describe().values()
-            if isinstance(answer, Description) and answer.saved is not None
-        ]
-        if saved and self.restore_points.directory is None:
-            self.restore_points.directory = saved[0]
+        self.cluster.describe()
 
     def notify(self, event: Event) -> None:
         """Take an event; the supervisor looks soon."""

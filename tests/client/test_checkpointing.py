@@ -240,18 +240,21 @@ def test_the_memory_for_snapshots_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_change_after_the_snapshot_is_not_taken_for_saved(
-    gate: WriteGate, tmp_path: Path
+    gate: WriteGate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with DistNadam(backend="local").build(params()) as optimizer:
-        shard = optimizer.shards.backend.transport.hosts[0].shard  # type: ignore[attr-defined]
+        supervisor, generations = optimizer.shards.backend.supervisor, list[int]()
+        monkeypatch.setattr(
+            supervisor, "checkpoint_saved", lambda _, generation: generations.append(generation)
+        )
         optimizer.set_params(params(1))
         saving = optimizer.save(tmp_path, wait=False)
         optimizer.set_params(params(2))
         gate.opened.set()
         saving.result()
-        assert shard.progress.changed is not None
+        assert generations[-1] < supervisor.generation()
         optimizer.save(tmp_path)
-        assert shard.progress.changed is None
+        assert generations[-1] == supervisor.generation()
 
 
 def test_a_snapshot_is_only_taken_of_held_shards() -> None:
@@ -288,7 +291,7 @@ def test_a_shard_that_dies_meanwhile_fails_the_save_and_leaves_the_checkpoint_be
                 actor = shards.backend.actors[1]  # type: ignore[attr-defined]
                 ray.kill(actor)
                 with pytest.raises(ray.exceptions.RayActorError):
-                    ray.get(actor.forever.remote())
+                    ray.get(actor.linger.remote())
             return real(messages, timeout_s)
 
         shards.ask = ask  # type: ignore[method-assign]

@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import shutil
 import tempfile
 import time
 from collections import Counter
@@ -178,13 +179,15 @@ def on_hosts(played: Callable[[Cluster, Path], Any]) -> int:
     """Play on hosts made for it, and print the report; return the command's exit status."""
     if (reason := why_not()) is not None:
         raise SystemExit(reason)
-    with (
-        tempfile.TemporaryDirectory() as directory,
-        Cluster(Path(directory), ALL_ON_ANY) as cluster,
-    ):
-        report = played(cluster, Path(directory))
+    directory = Path(tempfile.mkdtemp(prefix="hosts-"))
+    print(f"in {directory}, which stays if anything is wrong", flush=True)
+    with Cluster(directory, ALL_ON_ANY) as cluster:
+        report = played(cluster, directory)
     print(report)
-    return 1 if report.differences else 0
+    if report.differences:
+        return 1
+    shutil.rmtree(directory)
+    return 0
 
 
 def main() -> int:

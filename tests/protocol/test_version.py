@@ -35,10 +35,9 @@ from distnadam.protocol.supervisor_messages import (
     ReplicatedConfig,
     ReplicatedJoin,
     ReplicatedRound,
-    ReplicatedSave,
 )
 
-LAYOUT = {4: "95245a7e3baa1c2b"}
+LAYOUT = {5: "869229c375090ee5"}
 """What `layout` is in this version. Where the test below fails, raise `VERSION` and replace both:
 processes of the version before would take a frame for what it is not.
 """
@@ -69,8 +68,7 @@ MESSAGES: list[Any] = [
 RECORDS: list[Record] = [
     ReplicatedJoin(1, 2, "process"),
     Reconfigure(epoch=1, schedule=((0, (1, 2)),), newest={1: 2}),
-    ReplicatedSave(),
-    ReplicatedConfig(config=NadamConfig(), revision=1, changed="why"),
+    ReplicatedConfig(config=NadamConfig(), revision=1),
     DetachStandby(),
     ReplicatedRound(**ROUND, outcome="applied", rejection=None, clock=Clock(7, 0.5)),
     ReplicatedRound(

@@ -2,8 +2,6 @@
 every message.
 """
 
-import threading
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,7 +18,6 @@ from distnadam.runtime import shard_host
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.shard.effects import Notice
 from distnadam.shard.phases import LEGAL
-from distnadam.shard.progress import Progress
 from distnadam.tensors.layout import Layout
 
 LAYOUT = Layout.of({"w": np.ones(3, np.float32)})
@@ -57,18 +54,11 @@ def paused_host() -> ShardHost:
     return host
 
 
-def changed(host: ShardHost) -> str | None:
-    """What the shard says was replaced since it was saved."""
-    answer: str | None = host.send(msg.Describe()).result(0).changed
-    return answer
-
-
 def test_every_message_is_taken_by_the_host_or_by_the_machine() -> None:
     of_machine = set().union(*LEGAL.values())
     assert shard_host.TAKEN_HERE.keys() | of_machine == {
         *get_args(msg.Message),
         *get_args(Order),
-        msg.Saved,
     }
     assert not shard_host.TAKEN_HERE.keys() & of_machine
     assert shard_host.PREPARED.keys() <= of_machine
@@ -137,81 +127,6 @@ def test_only_the_holder_saves(tmp_path: Path) -> None:
     save = msg.Save(token="another", directory=str(tmp_path), file_name="file")
     with pytest.raises(IllegalMessage, match="legal only between Pause and Resume"):
         host.send(save).result(0)
-
-
-@pytest.mark.parametrize("behind", [False, True])
-def test_a_saved_state_is_no_longer_changed(behind: bool, tmp_path: Path) -> None:
-    host = paused_host()
-    host.send(WRITE).result(0)
-    assert changed(host) == "the state was replaced after round 0"
-    save = msg.Save(token="me", directory=str(tmp_path), file_name="file", behind=behind)
-    record = host.send(save).result(0)
-    if behind:
-        record = host.send(msg.Collect("file")).result(10)
-    assert record.name == "file"
-    assert changed(host) is not None  # a checkpoint without a manifest is none
-    host.send(msg.Committed("another")).result(0)
-    assert changed(host) is not None
-    host.send(msg.Committed("file")).result(0)
-    assert changed(host) is None
-    assert host.send(msg.Describe()).result(0).saved == str(tmp_path.parent)
-
-
-@pytest.mark.parametrize("behind", [False, True])
-def test_the_end_of_a_save_sends_nothing_of_others(behind: bool, tmp_path: Path) -> None:
-    may = [True]
-    host = new_host(can_send=lambda: may[0])
-    host.send(msg.Pause("me")).result(0)
-    may[0] = False
-    joined = host.send(msg.Join(rank=0))
-    may[0] = True
-    save = msg.Save(token="me", directory=str(tmp_path), file_name="file", behind=behind)
-    host.send(save).result(0)
-    if behind:
-        host.send(msg.Collect("file")).result(10)
-    host.send(msg.Committed("file"))
-    assert not joined.done()
-    host.resume()
-    assert joined.result(0).incarnation == 2
-
-
-def test_a_write_that_comes_while_a_save_ends_is_not_taken_for_saved(tmp_path: Path) -> None:
-    host = paused_host()
-    host.send(WRITE).result(0)
-    writes: list[tuple[threading.Thread, Future[Any]]] = []
-
-    class Interrupted(Progress):
-        """Has another write come just when the record of the first is to be cleared."""
-
-        def __setattr__(self, name: str, value: Any) -> None:
-            if name == "changed" and value is None:
-                written: Future[Any] = Future()
-                thread = threading.Thread(target=host.deliver, args=(WRITE, written.set_result))
-                thread.start()
-                writes.append((thread, written))
-                if not host.lock.locked():  # it may come at once
-                    thread.join()
-            super().__setattr__(name, value)
-
-    host.shard.progress.__class__ = Interrupted
-    save = msg.Save(token="me", directory=str(tmp_path), file_name="file")
-    host.send(save).result(0)
-    host.send(msg.Committed("file")).result(0)
-    for thread, written in writes:
-        thread.join()
-        assert written.result(0) is None
-    assert len(writes) == 1
-    assert changed(host) is not None
-
-
-def test_an_earlier_save_does_not_vouch_for_a_later_write(tmp_path: Path) -> None:
-    host = paused_host()
-    num_changes = host.shard.progress.num_changes
-    host.send(WRITE).result(0)
-    host.deliver(msg.Saved(num_changes), lambda _: None)
-    assert changed(host) is not None
-    host.deliver(msg.Saved(host.shard.progress.num_changes), lambda _: None)
-    assert changed(host) is None
 
 
 def test_those_who_wait_for_a_rank_given_up_get_worker_lost() -> None:

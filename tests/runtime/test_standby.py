@@ -3,7 +3,6 @@ never steps in.
 """
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,15 +17,11 @@ from distnadam.hyperparameters import NadamConfig
 from distnadam.nadam.norms import tensor_square_sums
 from distnadam.nadam.step_overrides import packed_overrides
 from distnadam.protocol.messages import (
-    Collect,
-    Committed,
     Join,
     PartialNorms,
     Pause,
     Push,
     Resume,
-    Save,
-    Saved,
     SetConfig,
     ShardSpec,
     TotalNorms,
@@ -354,40 +349,6 @@ def test_a_standby_follows_a_change_and_takes_over_with_it(kernel: str, lr: Any)
     before = state_of(primary)
     promoted, now = standby.promote(Reconfigure(epoch=9, schedule=((1, (0, 1)),)), ShardHost)
     assert (promoted.shard.config, now.revision, now.applied_revision) == (changed, 1, 1)
-    assert promoted.shard.progress.changed == "the configuration was replaced after round 1"
     for host in (primary, promoted):
         host.send(Reconfigure(epoch=10, schedule=((1, (0, 1)),))).result(0)
     assert state_of(promoted).params.tobytes() == before.params.tobytes()
-
-
-@pytest.mark.parametrize("when", ["before it", "as it is filled", "after it"])
-def test_a_change_that_was_saved_is_no_loss_to_who_takes_over(when: str, tmp_path: Path) -> None:
-    primary, standby, _ = pair()
-    fill = primary.connect_standby
-    assert fill is not None
-
-    def fill_as_a_save_ends(*told: Any) -> Any:
-        if when == "as it is filled":
-            primary.shard.receive(Saved(primary.shard.progress.num_changes), None)
-        return fill(*told)
-
-    def save(begins: str) -> None:
-        if when == begins:
-            primary.send(Pause("me")).result(0)
-            save = Save(token="me", directory=str(tmp_path), file_name="file", behind=True)
-            primary.send(save).result(0)
-            primary.send(Resume("me")).result(0)
-            primary.send(Collect("file")).result(10)
-            assert primary.shard.progress.changed is not None  # what has no manifest is none yet
-            primary.send(Committed("file")).result(10)
-
-    primary.connect_standby = fill_as_a_save_ends
-    primary.send(Pause("me")).result(0)
-    primary.send(SetConfig("me", NadamConfig(lr=0.5), 1)).result(0)
-    primary.send(Resume("me")).result(0)
-    save("before it")
-    primary.send(AttachStandby("there")).result(0)
-    save("after it")
-    promoted, _ = standby.promote(Reconfigure(epoch=9, schedule=((1, (0, 1)),)), ShardHost)
-    assert primary.shard.progress.changed is None
-    assert promoted.shard.progress.changed is None

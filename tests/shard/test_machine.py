@@ -137,7 +137,6 @@ EXAMPLES: list[Any] = [
     msg.SetConfig("me", NadamConfig(lr=0.1), 1),
     msg.Step(token="me", incarnation=1, round=1, gradients=GRADIENTS),
     msg.StepNorms("me", np.array([3.0])),
-    msg.Saved(0),
 ]
 
 

@@ -15,6 +15,7 @@ from distnadam.backends.base import (
     WorkerChannel,
     WorkerGroup,
 )
+from distnadam.checkpoint.manifest import CheckpointId
 from distnadam.client.shard_group import ShardGroup
 from distnadam.config import Options
 from distnadam.errors import DistNadamError, LifecycleError, Reconfigured
@@ -155,24 +156,28 @@ class _WorldSupervisorClient(SupervisorClient):
         self._world = world
 
     @override
-    def started(self, *, initial: Flat | None, directory: str | None) -> None:
-        self._world.supervisor.resync(initial=initial, directory=directory)
+    def started(self, *, initial: Flat | None, checkpoint: CheckpointId | None) -> None:
+        self._world.supervisor.resync(initial=initial, checkpoint=checkpoint)
 
     @override
     def report_cannot_complete(self) -> None:
         self._world.supervisor.notify(CannotComplete())
 
     @override
-    def state_replaced(self, what: str) -> None:
-        self._world.supervisor.restore_points.state_replaced(what)
+    def replacement_begun(self, what: str) -> None:
+        self._world.supervisor.restore_points.replacement_begun(what)
+
+    @override
+    def replacement_answered(self) -> None:
+        self._world.supervisor.restore_points.replacement_answered()
 
     @override
     def generation(self) -> int:
         return self._world.supervisor.restore_points.generation
 
     @override
-    def checkpoint_saved(self, root: str, generation: int) -> None:
-        self._world.supervisor.restore_points.checkpoint_saved(root, generation)
+    def checkpoint_saved(self, checkpoint: CheckpointId, generation: int) -> None:
+        self._world.supervisor.restore_points.checkpoint_saved(checkpoint, generation)
 
     @override
     def lost_ranks(self) -> dict[int, int]:

@@ -31,6 +31,7 @@ from distnadam.shard.effects import Notice
 from distnadam.shard.state import ShardState
 from distnadam.supervision.events import LookNow, ProcessDied
 from distnadam.supervision.process_manager import ProcessManager, ShardProcess
+from distnadam.supervision.restore_points import RestoreMemory
 from distnadam.supervision.supervisor import Supervisor
 from distnadam.tensors.arrays import Flat, cut_flat, empty_flat, memory_for
 from distnadam.tensors.layout import sizes_of
@@ -310,6 +311,19 @@ class _Inline(Executor):
         return future
 
 
+class _Memory(RestoreMemory):
+    """Keeps the record of restore points, whichever supervisor comes."""
+
+    def __init__(self) -> None:
+        self._record: bytes | None = None
+
+    def read(self) -> bytes | None:
+        return self._record
+
+    def write(self, record: bytes) -> None:
+        self._record = record
+
+
 class World:
     """The processes of one optimizer and its supervisor, and the memory of its workers.
 
@@ -349,20 +363,23 @@ class World:
         self.late: list[Callable[[], None]] = []
         self._waits = 0
         self.processes = WorldProcesses(self)
+        self.restore_memory = _Memory()
         self.supervisor = self._make_supervisor(specs, replicas)
         self.supervisor.manage(
             [self.processes.start(spec, standby=False, near=[]) for spec in specs], {}
         )
 
     def _make_supervisor(self, specs: Sequence[ShardSpec], replicas: int) -> Supervisor:
-        return Supervisor(specs, replicas, self.processes, beside=_Inline())
+        return Supervisor(
+            specs, replicas, self.processes, memory=self.restore_memory, beside=_Inline()
+        )
 
     def replace_supervisor(self) -> None:
         """Put a supervisor that knows nothing yet in place of the present one."""
         old = self.supervisor.cluster
         self.supervisor = self._make_supervisor(old.specs, old.specs[0].replicas)
         self.supervisor.manage(old.shards, old.standbys)
-        self.supervisor.resync(initial=None, directory=None)
+        self.supervisor.resync(initial=None, checkpoint=None)
 
     @property
     def shards(self) -> list[Process]:

@@ -50,7 +50,7 @@ def watching() -> tuple[Supervisor, Failing]:
     processes = Failing(World([SPEC], replicas=0))
     supervisor = Supervisor([SPEC], 0, processes)
     supervisor.manage([processes.start(SPEC, standby=False, near=[])], {})
-    supervisor.begin(initial=None, directory=None)
+    supervisor.begin(initial=None, checkpoint=None)
     return supervisor, processes
 
 

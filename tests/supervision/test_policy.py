@@ -225,7 +225,11 @@ TABLE: list[tuple[str, Observation, Rules, list[type]]] = [
     ),
     (
         "a write half done after one that was whole",
-        Observation(shards=[alive(epoch=2, reason="replaced"), alive(changed="before")]),
+        Observation(
+            shards=[alive(epoch=2, reason="replaced"), alive()],
+            changed="the write itself",
+            changed_before="before",
+        ),
         WAITS,
         [Fail],
     ),
@@ -237,14 +241,14 @@ TABLE: list[tuple[str, Observation, Rules, list[type]]] = [
     ),
     (
         "a change of the configuration half done, by which no shard has stepped",
-        Observation(shards=[alive(revision=1, changed="this"), alive(revision=0)], changed="this"),
+        Observation(shards=[alive(revision=1), alive(revision=0)], changed="this"),
         WAITS,
         [CompleteConfig],
     ),
     (
         "a change of the configuration that some shards have stepped by",
         Observation(
-            shards=[alive(revision=1, applied_revision=1, changed="this"), alive(revision=0)],
+            shards=[alive(revision=1, applied_revision=1), alive(revision=0)],
             changed="this",
         ),
         WAITS,
@@ -259,7 +263,9 @@ TABLE: list[tuple[str, Observation, Rules, list[type]]] = [
     (
         "a change of the configuration that was stepped by, after one that was whole",
         Observation(
-            shards=[alive(revision=2, applied_revision=2), alive(revision=1, changed="before")]
+            shards=[alive(revision=2, applied_revision=2), alive(revision=1)],
+            changed="this",
+            changed_before="before",
         ),
         WAITS,
         [Fail],
@@ -506,7 +512,6 @@ SHARD = st.builds(
     reason=st.sampled_from(["", "replaced", "rewound", "reconfigured"]),
     round=st.integers(0, 4),
     standby=st.none() | st.integers(0, 4),
-    changed=st.none() | st.just("changed"),
     revision=st.integers(0, 2),
     applied_revision=st.integers(0, 2),
 )
@@ -523,6 +528,7 @@ SEEN = st.builds(
     asking=RANKS,
     has_restore_point=st.booleans(),
     changed=st.none() | st.just("changed"),
+    changed_before=st.none() | st.just("before"),
     given_up=RANKS,
     highest_round=st.integers(0, 6),
 )
@@ -549,7 +555,8 @@ def test_whatever_is_seen_nothing_is_decided_that_loses_a_bit(
             assert None not in rounds and max(rounds) - min(rounds) <= 1  # type: ignore[type-var, operator]
         if isinstance(decision, Rewind):
             assert seen.has_restore_point and decision.shards == gone and fenced
-            assert seen.changed is None or (
+            assert (seen.changed_before if decision.undoing else seen.changed) is None
+            assert not decision.undoing or (
                 not gone and len({(shard.epoch, shard.revision) for shard in seen.shards}) > 1
             )
         if isinstance(decision, CompleteConfig):

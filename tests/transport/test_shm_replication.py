@@ -26,7 +26,6 @@ from distnadam.protocol.supervisor_messages import (
     ReplicatedConfig,
     ReplicatedJoin,
     ReplicatedRound,
-    ReplicatedSave,
 )
 from distnadam.schedules import Polynomial
 from distnadam.tensors.arrays import Flat, cut_flat
@@ -222,8 +221,7 @@ def test_memory_of_another_size_is_refused(standby: RecordingStandby) -> None:
         replace(decided(3), counted={2: PushNote(incarnation=7, round=3, dtypes={})}),
         replace(decided(3), outcome="skipped", rejection="NaN"),
         ReplicatedJoin(1, 5),
-        ReplicatedSave(),
-        ReplicatedConfig(config=NadamConfig(), revision=2, changed="the configuration"),
+        ReplicatedConfig(config=NadamConfig(), revision=2),
         ReplicatedConfig(
             config=NadamConfig(
                 lr=Polynomial(0.1, 9),
@@ -232,7 +230,6 @@ def test_memory_of_another_size_is_refused(standby: RecordingStandby) -> None:
                 loss_scale=LossScale(),
             ),
             revision=3,
-            changed=None,
         ),
         Reconfigure(epoch=4, schedule=((1, (0, 1)), (9, (0,))), newest={0: 3}),
         DetachStandby(),

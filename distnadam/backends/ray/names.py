@@ -5,7 +5,7 @@ from typing import Any
 
 import ray
 
-from distnadam.backends.ray import registry
+from distnadam.backends.ray import registry, stored_restore_points
 from distnadam.backends.ray.actors import kill_on
 from distnadam.backends.ray.calls import get_all
 from distnadam.backends.ray.joined import while_ray_lives
@@ -25,6 +25,7 @@ def end_optimizer(supervisor: Any, run: str | None) -> None:
     if run is not None:
         with contextlib.suppress(Exception), while_ray_lives():  # the cluster is gone
             registry.kill_all(run, kill_on)
+            stored_restore_points.forget(run)
 
 
 def named(name: str) -> Any:

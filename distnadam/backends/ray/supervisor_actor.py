@@ -18,6 +18,8 @@ from distnadam.backends.ray.metrics_exporter import Exporter
 from distnadam.backends.ray.nodes import node_facts
 from distnadam.backends.ray.process_manager import OPEN_S, ActorFactory, RayProcessManager
 from distnadam.backends.ray.relays import RelayProcess, Relays
+from distnadam.backends.ray.stored_restore_points import StoredRestorePoints
+from distnadam.checkpoint.manifest import CheckpointId
 from distnadam.metrics.meter import Sample, shard_bytes
 from distnadam.planning.requests import shard_ask
 from distnadam.protocol.messages import ShardSpec
@@ -83,7 +85,9 @@ class SupervisorActor:
             again = context.was_current_actor_reconstructed
         found = self._processes.discover(specs[0]) if again else None
         self._specs = specs if found is None else found.specs
-        self._supervisor = Supervisor(self._specs, replicas, self._processes)
+        self._supervisor = Supervisor(
+            self._specs, replicas, self._processes, memory=StoredRestorePoints.of(specs[0])
+        )
         if found is not None:
             self._succeed(found)
 
@@ -126,16 +130,16 @@ class SupervisorActor:
             [ShardProcess(i, actors[i], addresses[i]) for i in sorted(actors)], {}
         )
 
-    async def begin(self, directory: str | None, *initial: Any) -> None:
+    async def begin(self, checkpoint: CheckpointId | None, *initial: Any) -> None:
         """Start the watch.
 
         Args:
-            directory: where the checkpoint is that the shards were restored from.
+            checkpoint: that the shards were restored from.
             initial: the first parameters, one array per space in the order of their names.
         """
         spaces = sorted(self._specs[0].layout.sizes)
         flat = dict(zip(spaces, initial, strict=True)) if initial else None
-        await asyncio.to_thread(lambda: self._supervisor.begin(initial=flat, directory=directory))
+        await asyncio.to_thread(lambda: self._supervisor.begin(initial=flat, checkpoint=checkpoint))
 
     async def shard_map(self, newer_than: int, *, suspect: bool = False) -> ShardMap:
         """Return the map once it is newer than that version; with `suspect`, after a look."""
@@ -156,17 +160,22 @@ class SupervisorActor:
         """Take a report of a shard or a worker."""
         self._supervisor.notify(report)
 
-    async def state_replaced(self, what: str) -> None:
+    async def replacement_begun(self, what: str) -> None:
         """Remember that the state is about to be replaced from outside."""
-        self._supervisor.restore_points.state_replaced(what)
+        await asyncio.to_thread(self._supervisor.restore_points.replacement_begun, what)
+
+    async def replacement_answered(self) -> None:
+        """Remember that all shards have what was replaced last."""
+        await asyncio.to_thread(self._supervisor.restore_points.replacement_answered)
 
     async def generation(self) -> int:
         """Return a number that changes with every replacement from outside."""
         return self._supervisor.restore_points.generation
 
-    async def checkpoint_saved(self, root: str, generation: int) -> None:
+    async def checkpoint_saved(self, checkpoint: CheckpointId, generation: int) -> None:
         """Remember that a checkpoint of that generation of the state is complete."""
-        self._supervisor.restore_points.checkpoint_saved(root, generation)
+        points = self._supervisor.restore_points
+        await asyncio.to_thread(points.checkpoint_saved, checkpoint, generation)
 
     async def reshard(self, cuts: Sequence[Ranges]) -> None:
         """Have one shard per entry hold these ranges."""
@@ -231,5 +240,5 @@ class SupervisorActor:
             [process for i, process in everyone.items() if i not in found.shards],
         )
         threading.Thread(
-            target=self._supervisor.begin, kwargs={"initial": None, "directory": None}, daemon=True
+            target=self._supervisor.begin, kwargs={"initial": None, "checkpoint": None}, daemon=True
         ).start()

@@ -16,6 +16,7 @@ from distnadam.backends.ray.joined import require_ray, while_ray_lives
 from distnadam.backends.ray.orphans import is_named
 from distnadam.backends.ray.relays import RelayProcess
 from distnadam.backends.ray.supervisor_actor import SupervisorStatus
+from distnadam.checkpoint.manifest import CheckpointId
 from distnadam.errors import ClusterError, LifecycleError, Unrecoverable
 from distnadam.protocol.messages import ShardSpec
 from distnadam.protocol.supervisor_events import CannotComplete
@@ -123,19 +124,23 @@ class RaySupervisorClient(SupervisorClient):
         return facts
 
     @override
-    def started(self, *, initial: Flat | None, directory: str | None) -> None:
+    def started(self, *, initial: Flat | None, checkpoint: CheckpointId | None) -> None:
         arrays: list[Any] = []
         if initial is not None and self._retain_initial:
             arrays = [initial[space] for space in sorted(initial)]
-        self._ask("begin", lambda: self.actor.begin.remote(directory, *arrays))
+        self._ask("begin", lambda: self.actor.begin.remote(checkpoint, *arrays))
 
     @override
     def report_cannot_complete(self) -> None:
         self._ask("notify", lambda: self.actor.notify.remote(CannotComplete()))
 
     @override
-    def state_replaced(self, what: str) -> None:
-        self._ask("state_replaced", lambda: self.actor.state_replaced.remote(what))
+    def replacement_begun(self, what: str) -> None:
+        self._ask("replacement_begun", lambda: self.actor.replacement_begun.remote(what))
+
+    @override
+    def replacement_answered(self) -> None:
+        self._ask("replacement_answered", self.actor.replacement_answered.remote)
 
     @override
     def generation(self) -> int:
@@ -143,8 +148,11 @@ class RaySupervisorClient(SupervisorClient):
         return generation
 
     @override
-    def checkpoint_saved(self, root: str, generation: int) -> None:
-        self._ask("checkpoint_saved", lambda: self.actor.checkpoint_saved.remote(root, generation))
+    def checkpoint_saved(self, checkpoint: CheckpointId, generation: int) -> None:
+        self._ask(
+            "checkpoint_saved",
+            lambda: self.actor.checkpoint_saved.remote(checkpoint, generation),
+        )
 
     @override
     def lost_ranks(self) -> dict[int, int]:
