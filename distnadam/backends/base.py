@@ -14,7 +14,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from distnadam.checkpoint.manifest import CheckpointId
+from distnadam.checkpoint.checkpoint_id import CheckpointId
 from distnadam.config import Options
 from distnadam.metrics.meter import Meter
 from distnadam.protocol.messages import (
@@ -282,10 +282,7 @@ class SupervisorClient(ABC):
 
     @abstractmethod
     def started(self, *, initial: Flat | None, checkpoint: CheckpointId | None) -> None:
-        """Report that the shards have their state: these parameters, or a checkpoint's.
-
-        From now on the supervisor watches, and can go back to it.
-        """
+        """Have the supervisor watch shards that have these parameters, or a checkpoint's state."""
 
     @abstractmethod
     def report_cannot_complete(self) -> None:
@@ -293,10 +290,7 @@ class SupervisorClient(ABC):
 
     @abstractmethod
     def replacement_begun(self, what: str) -> None:
-        """Report, before it happens, that a client replaces state; `what` says which.
-
-        Going back to an older checkpoint and replaying the steps would lose it.
-        """
+        """Report, before it happens, what a client replaces: going back would lose it."""
 
     @abstractmethod
     def replacement_answered(self) -> None:

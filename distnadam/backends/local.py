@@ -24,7 +24,7 @@ from distnadam.backends.base import (
 )
 from distnadam.backends.local_channel import LocalPending, LocalWorkerChannel
 from distnadam.backends.local_worker_group import LocalWorkerGroup
-from distnadam.checkpoint.manifest import CheckpointId
+from distnadam.checkpoint.checkpoint_id import CheckpointId
 from distnadam.config import Options
 from distnadam.errors import StepTimeout, Unrecoverable
 from distnadam.metrics.meter import Meter, shard_bytes

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import msgpack
 import numpy as np
@@ -49,15 +49,6 @@ SHARD_FILE = re.compile(r"shard-\d{5}-of-\d{5}-([0-9a-f]{16})\.safetensors")
 def shard_file_name(index: int, count: int, save_id: str) -> str:
     """Return the name of one shard's file."""
     return f"shard-{index:05d}-of-{count:05d}-{save_id}.safetensors"
-
-
-class CheckpointId(NamedTuple):
-    """Which checkpoint: the place of its directory, and its save, since another of the same round
-    replaces it.
-    """
-
-    place: str
-    save_id: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,13 +12,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-from distnadam.checkpoint.manifest import (
-    SHARD_FILE,
-    CheckpointId,
-    FileRecord,
-    Manifest,
-    shard_file_name,
-)
+from distnadam.checkpoint.checkpoint_id import CheckpointId
+from distnadam.checkpoint.manifest import SHARD_FILE, FileRecord, Manifest, shard_file_name
 from distnadam.checkpoint.shard_file import check_file_record, verify_files
 from distnadam.checkpoint.storage.base import Directory
 from distnadam.checkpoint.storage.resolve import DirectoryLike, open_directory
@@ -71,19 +66,15 @@ class NewCheckpoint:
         self.round = manifest.round
         self._manifest = manifest
 
-    @property
-    def id(self) -> CheckpointId:
-        """Which checkpoint it will be."""
-        return CheckpointId(self.directory.place, self._manifest.save_id)
-
     def file_name(self, index: int, count: int) -> str:
         """Return the name of the file of shard `index` of `count`."""
         return shard_file_name(index, count, self._manifest.save_id)
 
-    def commit(self, files: Iterable[FileRecord]) -> None:
+    def commit(self, files: Iterable[FileRecord]) -> CheckpointId:
         """Make the written files a checkpoint; raise CheckpointError if one cannot be seen."""
         manifest = dataclasses.replace(self._manifest, files=tuple(files), saved_at=time.time())
         commit(self.directory, manifest)
+        return CheckpointId(self.directory.place, manifest.save_id)
 
 
 @contextlib.contextmanager
@@ -117,8 +108,7 @@ def _check_replaceable(directory: Directory, manifest: Manifest) -> None:
     if present and any(present.get(key) != manifest.run.get(key) for key in ("task", "seed")):
         raise CheckpointError(
             f"{directory}: is a checkpoint of a run of fit (task {present.get('task')!r}, seed "
-            f"{present.get('seed')!r}), and what is to be saved is not of that run; save to "
-            "another directory"
+            f"{present.get('seed')!r}), and what is to be saved is not of it; save to another place"
         )
 
 

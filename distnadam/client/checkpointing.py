@@ -211,8 +211,8 @@ def _save(shards: ShardGroup, root: Directory, saved: Saved) -> str:
         with new_checkpoint(root, _manifest(shards, at.held, saved)) as checkpoint:
             saves = _saves(shards, checkpoint, at.token, behind=False)
             records = shards.ask(saves, timeout_s=IO_TIMEOUT_S)
-            checkpoint.commit(records[i] for i in sorted(records))
-        shards.backend.supervisor.checkpoint_saved(checkpoint.id, generation)
+            saved_as = checkpoint.commit(records[i] for i in sorted(records))
+        shards.backend.supervisor.checkpoint_saved(saved_as, generation)
         return checkpoint.directory.place
 
 
@@ -265,9 +265,8 @@ def _write_behind(shards: ShardGroup, snapshot: _Snapshot, saving: SaveHandle) -
         with _measured(shards.backend.meter), snapshot.hold:
             collects = {i: Collect(name) for i, name in snapshot.names.items()}
             records = shards.ask(collects, timeout_s=IO_TIMEOUT_S)
-            snapshot.checkpoint.commit(records[i] for i in sorted(records))
-            checkpoint = snapshot.checkpoint.id
-            shards.backend.supervisor.checkpoint_saved(checkpoint, snapshot.generation)
+            saved_as = snapshot.checkpoint.commit(records[i] for i in sorted(records))
+            shards.backend.supervisor.checkpoint_saved(saved_as, snapshot.generation)
     except CheckpointError as error:
         saving.fail(error)
     except ShardLost as error:

@@ -13,7 +13,8 @@ from typing import Any, NoReturn, TypeVar
 
 from distnadam import waiting
 from distnadam.backends.base import Backend
-from distnadam.checkpoint.manifest import CheckpointId, Manifest
+from distnadam.checkpoint.checkpoint_id import CheckpointId
+from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.shard_file import leftover_readers
 from distnadam.checkpoint.storage.base import Directory
 from distnadam.client.answers import late_answers

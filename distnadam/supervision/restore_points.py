@@ -13,7 +13,8 @@ from typing import Protocol
 import msgpack
 
 from distnadam.checkpoint import store
-from distnadam.checkpoint.manifest import CheckpointId, Manifest
+from distnadam.checkpoint.checkpoint_id import CheckpointId
+from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.shard_file import leftover_readers
 from distnadam.errors import CheckpointError, ConfigError
 from distnadam.hyperparameters import NadamConfig

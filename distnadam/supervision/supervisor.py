@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
-from distnadam.checkpoint.manifest import CheckpointId
+from distnadam.checkpoint.checkpoint_id import CheckpointId
 from distnadam.protocol.messages import ShardSpec
 from distnadam.protocol.supervisor_events import (
     CannotComplete,

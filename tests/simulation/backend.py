@@ -15,7 +15,7 @@ from distnadam.backends.base import (
     WorkerChannel,
     WorkerGroup,
 )
-from distnadam.checkpoint.manifest import CheckpointId
+from distnadam.checkpoint.checkpoint_id import CheckpointId
 from distnadam.client.shard_group import ShardGroup
 from distnadam.config import Options
 from distnadam.errors import DistNadamError, LifecycleError, Reconfigured

@@ -7,7 +7,7 @@ import pytest
 
 from distnadam import DistNadam
 from distnadam.checkpoint import store
-from distnadam.checkpoint.manifest import CheckpointId
+from distnadam.checkpoint.checkpoint_id import CheckpointId
 from distnadam.config import Options
 from distnadam.hyperparameters import NadamConfig
 from distnadam.protocol.messages import ShardSpec

@@ -19,7 +19,7 @@ from distnadam.backends.ray.nodes import node_facts
 from distnadam.backends.ray.process_manager import OPEN_S, ActorFactory, RayProcessManager
 from distnadam.backends.ray.relays import RelayProcess, Relays
 from distnadam.backends.ray.stored_restore_points import StoredRestorePoints
-from distnadam.checkpoint.manifest import CheckpointId
+from distnadam.checkpoint.checkpoint_id import CheckpointId
 from distnadam.metrics.meter import Sample, shard_bytes
 from distnadam.planning.requests import shard_ask
 from distnadam.protocol.messages import ShardSpec

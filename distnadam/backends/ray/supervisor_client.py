@@ -16,7 +16,7 @@ from distnadam.backends.ray.joined import require_ray, while_ray_lives
 from distnadam.backends.ray.orphans import is_named
 from distnadam.backends.ray.relays import RelayProcess
 from distnadam.backends.ray.supervisor_actor import SupervisorStatus
-from distnadam.checkpoint.manifest import CheckpointId
+from distnadam.checkpoint.checkpoint_id import CheckpointId
 from distnadam.errors import ClusterError, LifecycleError, Unrecoverable
 from distnadam.protocol.messages import ShardSpec
 from distnadam.protocol.supervisor_events import CannotComplete
