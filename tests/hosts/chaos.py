@@ -36,6 +36,7 @@ OPTIONS = {
     "shard_resources": {"shard": 1},
     "worker_cpus": 0.5,
     "shard_timeout_s": SHARD_TIMEOUT_S,
+    "start_timeout_s": 120.0,
     "port_range": PORTS,
 }
 _AT_ONCE_S = 0.05
@@ -134,15 +135,13 @@ def strike(
     """Strike a host, chosen at random, while a program trains so many parameters; return the
     seconds to the next step, and the host.
     """
-    for host in cluster.hosts[1:]:
-        if cluster.ended(host):  # Ray's head took a fault that was to pass for its death
-            cluster.restart(host)
+    cluster.restart_ended()
     time.sleep(rng.uniform(0, 0.3))
     host = cluster.hosts[int(rng.integers(0 if fault.head_too else 1, len(cluster.hosts)))]
     scene = Scene(
         cluster=cluster,
         host=host,
-        go_on=partial(next_step, program, time.time()),
+        go_on=partial(next_step, program, cluster, time.time()),
         rng=rng,
         model_bytes=4 * size,
     )
@@ -161,7 +160,7 @@ def miscounted(directory: Path, steps: int) -> str | None:
     return f"a push is lost or counted twice: {runs}"
 
 
-def next_step(program: Program, moment: float) -> float:
+def next_step(program: Program, cluster: Cluster, moment: float) -> float:
     """Wait until `fit` reports a step that began after a moment; return the seconds since.
 
     It reports several steps at once, at a segment's end: the first ones after the moment may be
@@ -170,7 +169,10 @@ def next_step(program: Program, moment: float) -> float:
     since = moment
     for _ in range(2):
         since = program.first(
-            "time", lambda when, since=since: when > since + _AT_ONCE_S, also="step"
+            "time",
+            lambda when, since=since: when > since + _AT_ONCE_S,
+            also="step",
+            meanwhile=cluster.restart_ended,
         )["time"]
     return float(since) - moment
 

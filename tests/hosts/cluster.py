@@ -163,6 +163,14 @@ class Cluster:
         self._begin(host)
         self._await(host)
 
+    def restart_ended(self) -> None:
+        """Start the nodes again that have ended by themselves, as systemd does: Ray's head may take
+        a fault that was to pass for a host's death, or a node that is back soon for the dead one.
+        """
+        for host in self.hosts[1:]:
+            if host not in self.struck and self.ended(host):
+                self.restart(host)
+
     def is_whole(self) -> bool:
         """End the hosts that joined later, and return whether the cluster is as it was, for another
         test.
