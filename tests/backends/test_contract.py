@@ -391,17 +391,17 @@ def test_only_a_replaced_state_is_another_generation(case: Case) -> None:
     mine, other = case.backend.supervisor, case.another().supervisor
     first = mine.generation()
     assert (mine.generation(), other.generation()) == (first, first)
-    other.state_replaced("by this test")
+    other.replacement_begun("by this test")
     second = mine.generation()
     assert second != first
-    other.state_replaced("by this test, again")
+    other.replacement_begun("by this test, again")
     assert mine.generation() not in (first, second)
 
 
 @pytest.mark.on_ray(slow=["ray"])
 def test_what_replaced_the_state_is_why_it_cannot_go_back(mortal: Case) -> None:
     mortal.everywhere(Pause("replacing"))
-    mortal.backend.supervisor.state_replaced("the state was replaced by this test")
+    mortal.backend.supervisor.replacement_begun("the state was replaced by this test")
     mortal.backend.transport.post(dict.fromkeys(range(2), Resume("replacing")))
     mortal.kill(0)
     with pytest.raises(Unrecoverable, match="the state was replaced by this test"):
@@ -410,7 +410,7 @@ def test_what_replaced_the_state_is_why_it_cannot_go_back(mortal: Case) -> None:
 
 def test_a_saved_checkpoint_is_what_the_shards_go_back_to(supervised: Case, tmp_path: Path) -> None:
     supervisor, group = supervised.backend.supervisor, group_of(supervised)
-    supervisor.state_replaced("the state was replaced by this test")
+    supervisor.replacement_begun("the state was replaced by this test")
     group.step({"w": GRADIENT["float32"]})
     save(supervised, tmp_path)
     number, recoveries = supervised.round, supervisor.shard_recoveries()

@@ -272,7 +272,7 @@ def test_a_checkpoint_of_a_run_is_not_replaced_by_one_of_something_else(tmp_path
             optimizer.save(tmp_path)
         saving = tmp_path / "elsewhere"
         shutil.copytree(tmp_path / "step_00000001", saving / "step_00000001")
-        with pytest.raises(CheckpointError, match="save to another directory"):
+        with pytest.raises(CheckpointError, match="save to another place"):
             optimizer.save(saving, wait=False)
     assert train(tmp_path, steps=2).resumed_from == tmp_path / "step_00000001"
 
