@@ -237,10 +237,11 @@ def what_lives_on_keeps_nothing_of_shards_that_are_replaced(two: Two) -> None:
 def a_supervisor_under_a_name_keeps_nothing_of_shards_that_are_replaced(two: Two) -> None:
     """Each of these shards watches the supervisor, by a call that this holds."""
     (supervisor,) = supervisors()
-    before = descriptors_of(supervisor)
-    for shards in 3 * (1, 2):
+    before, turns = descriptors_of(supervisor), 5
+    for shards in turns * (1, 2):
         two.optimizer.reshard(shards)
-    eventually(lambda: descriptors_of(supervisor).total() <= before.total() + 4)  # Ray's own vary
+    replaced = 3 * turns  # Ray's own vary, by less than half of one for each
+    eventually(lambda: descriptors_of(supervisor).total() < before.total() + replaced / 2)
 
 
 def no_process_has_more_open_than_is_planned(two: Two) -> None:
