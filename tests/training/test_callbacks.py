@@ -309,7 +309,8 @@ def test_a_step_is_the_mean_over_the_ranks_that_reported_it() -> None:
     assert math.isnan(StepRecord.of(1, {}).loss)
 
 
-def test_a_terminal_shows_what_begins_and_then_the_bar() -> None:
+def test_a_terminal_shows_what_begins_and_then_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
     output = io.StringIO()
     screen = Console(file=output, width=120, force_terminal=True, force_interactive=True)
     history = History(Path("run"), Path("run/metrics.csv"))
