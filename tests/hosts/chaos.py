@@ -135,13 +135,12 @@ def strike(
     """Strike a host, chosen at random, while a program trains so many parameters; return the
     seconds to the next step, and the host.
     """
-    cluster.restart_ended()
     time.sleep(rng.uniform(0, 0.3))
     host = cluster.hosts[int(rng.integers(0 if fault.head_too else 1, len(cluster.hosts)))]
     scene = Scene(
         cluster=cluster,
         host=host,
-        go_on=partial(next_step, program, cluster, time.time()),
+        go_on=partial(next_step, program, time.time()),
         rng=rng,
         model_bytes=4 * size,
     )
@@ -160,7 +159,7 @@ def miscounted(directory: Path, steps: int) -> str | None:
     return f"a push is lost or counted twice: {runs}"
 
 
-def next_step(program: Program, cluster: Cluster, moment: float) -> float:
+def next_step(program: Program, moment: float) -> float:
     """Wait until `fit` reports a step that began after a moment; return the seconds since.
 
     It reports several steps at once, at a segment's end: the first ones after the moment may be
@@ -169,10 +168,7 @@ def next_step(program: Program, cluster: Cluster, moment: float) -> float:
     since = moment
     for _ in range(2):
         since = program.first(
-            "time",
-            lambda when, since=since: when > since + _AT_ONCE_S,
-            also="step",
-            meanwhile=cluster.restart_ended,
+            "time", lambda when, since=since: when > since + _AT_ONCE_S, also="step"
         )["time"]
     return float(since) - moment
 
@@ -183,7 +179,7 @@ def on_hosts(played: Callable[[Cluster, Path], Any]) -> int:
         raise SystemExit(reason)
     directory = Path(tempfile.mkdtemp(prefix="hosts-"))
     print(f"in {directory}, which stays if anything is wrong", flush=True)
-    with Cluster(directory, ALL_ON_ANY) as cluster:
+    with Cluster(directory, ALL_ON_ANY) as cluster, cluster.restarting_nodes():
         report = played(cluster, directory)
     print(report)
     if report.differences:

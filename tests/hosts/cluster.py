@@ -11,8 +11,10 @@ import re
 import secrets
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -49,6 +51,8 @@ ALL_ON_ANY = [{"CPU": 2}, *[{"CPU": 2, "shard": 9, "place": 2}] * 2]
 along; each of the others has room for all, or as "place" for two.
 """
 _TRIES = 3
+_RESTART_S = 5.0
+"""Seconds between two looks for nodes that have ended by themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +102,7 @@ class Cluster:
         self._first = len(resources)
         self.struck: set[Host] = set()
         self._resources: dict[int, dict[str, float]] = {}
+        self._acting = threading.RLock()  # on a host's node
         self.network = Network(directory)
         try:
             self.add(resources[0])
@@ -134,10 +139,11 @@ class Cluster:
 
     def kill(self, host: Host, how: str) -> float:
         """Call a host's method by name; return when."""
-        self.struck.add(host)
-        moment = time.time()
-        getattr(host, how)()
-        return moment
+        with self._acting:
+            self.struck.add(host)
+            moment = time.time()
+            getattr(host, how)()
+            return moment
 
     def signal(self, host: Host, number: int) -> None:
         """Send the host's node a signal, as systemd does that stops its unit."""
@@ -155,21 +161,37 @@ class Cluster:
 
     def restart(self, host: Host) -> None:
         """Restore a host's link, and start its node again in place of any rest of the last one."""
-        self.struck.discard(host)
-        host.kill()
-        self._nodes[host.number].communicate()
-        host.unshape()
-        host.mend()
-        self._begin(host)
-        self._await(host)
+        with self._acting:
+            self.struck.discard(host)
+            host.kill()
+            self._nodes[host.number].communicate()
+            host.unshape()
+            host.mend()
+            self._begin(host)
+            self._await(host)
 
-    def restart_ended(self) -> None:
-        """Start the nodes again that have ended by themselves, as systemd does: Ray's head may take
-        a fault that was to pass for a host's death, or a node that is back soon for the dead one.
+    @contextmanager
+    def restarting_nodes(self) -> Iterator[None]:
+        """Start nodes again that end by themselves, as their units have systemd do: Ray's head may
+        take a fault that was to pass for a host's death, or a node that is back soon for the dead
+        one.
         """
-        for host in self.hosts[1:]:
-            if host not in self.struck and self.ended(host):
-                self.restart(host)
+        is_over = threading.Event()
+
+        def watch() -> None:
+            while not is_over.wait(_RESTART_S):
+                with self._acting:
+                    for host in self.hosts[1:]:
+                        if host not in self.struck and self.ended(host):
+                            self.restart(host)
+
+        thread = threading.Thread(target=watch, name="restarting nodes", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            thread.join()
 
     def is_whole(self) -> bool:
         """End the hosts that joined later, and return whether the cluster is as it was, for another

@@ -10,8 +10,6 @@ from typing import Any
 
 PATIENCE_S = 150.0
 """Seconds in which anything awaited must have come."""
-_MEANWHILE_S = 5.0
-"""Seconds without an event after which `first` does what is to be done meanwhile."""
 
 
 def say(**what: Any) -> None:
@@ -49,21 +47,15 @@ class Program:
         print(text, file=self._process.stdin, flush=True)
 
     def first(
-        self,
-        what: str,
-        wanted: Callable[[Any], bool] = lambda value: True,
-        *,
-        also: str = "time",
-        meanwhile: Callable[[], None] = lambda: None,
+        self, what: str, wanted: Callable[[Any], bool] = lambda value: True, *, also: str = "time"
     ) -> Any:
-        """Wait for an event with these keys, the first with a given value, and return it; do
-        something now and then `meanwhile`.
+        """Wait for an event with these keys, the first with a given value, and return it.
 
         Fail if the program ends before.
         """
         deadline, looked = time.monotonic() + PATIENCE_S, 0
-        while True:
-            with self._more:
+        with self._more:
+            while True:
                 for event in self._events[looked:]:
                     if what in event and also in event and wanted(event[what]):
                         return event
@@ -74,9 +66,7 @@ class Program:
                         f"{what!r} was not said "
                         f"{'to the end' if self._ended else 'in time'}:\n{''.join(self._lines)}"
                     )
-                said = self._more.wait(min(left, _MEANWHILE_S))
-            if not said:
-                meanwhile()
+                self._more.wait(left)
 
     def finish(self, patience_s: float = PATIENCE_S) -> str:
         """Close its standard input, wait for its success, and return all that it has printed."""

@@ -172,10 +172,10 @@ class _Soak:
         else:
             host = self._cluster.hosts[int(self._rng.integers(1, len(self._cluster.hosts)))]
             self._drain(host)
-            seconds = next_step(program, self._cluster, moment)
+            seconds = next_step(program, moment)
             self._command("uncordon", host.address)
             return seconds
-        return next_step(program, self._cluster, moment)
+        return next_step(program, moment)
 
     def _drain(self, host: Host) -> None:
         """Drain a host; if it was killed just before, once it is a node again."""
