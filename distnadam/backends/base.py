@@ -278,7 +278,7 @@ class ShardTransport(ABC):
 
 
 class SupervisorClient(ABC):
-    """Reaches what recovers and reshards the shards; every call is idempotent."""
+    """Reaches what recovers and reshards the shards; every call may be repeated."""
 
     @abstractmethod
     def started(self, *, initial: Flat | None, checkpoint: CheckpointId | None) -> None:
@@ -289,20 +289,20 @@ class SupervisorClient(ABC):
         """Report that shards stand at different rounds and this caller cannot bring them level."""
 
     @abstractmethod
-    def replacement_begun(self, what: str) -> None:
-        """Report, before it happens, what a client replaces: going back would lose it."""
+    def replacement_begun(self, what: str) -> int:
+        """Report, before it happens, what a client replaces; return when, as snapshots count."""
 
     @abstractmethod
-    def replacement_answered(self) -> None:
-        """Report that all shards have what was replaced last, before its author hears of it."""
+    def replacement_answered(self, begun: int) -> None:
+        """Report that all shards have it, before its author hears; StaleEpoch if they lost it."""
 
     @abstractmethod
-    def generation(self) -> int:
-        """Return a number that every replacement changes; fixed while all shards are held."""
+    def snapshot_taken(self) -> int:
+        """Report that the state is taken, while all shards are held; return when."""
 
     @abstractmethod
-    def checkpoint_saved(self, checkpoint: CheckpointId, generation: int) -> None:
-        """Report a complete checkpoint, of a state of that generation."""
+    def checkpoint_written(self, checkpoint: CheckpointId, taken: int, *, is_whole: bool) -> None:
+        """Report a snapshot's checkpoint, before it gets its manifest and once it `is_whole`."""
 
     @abstractmethod
     def lost_ranks(self) -> dict[int, int]:

@@ -228,7 +228,7 @@ class LocalSupervisorClient(SupervisorClient):
 
     def __init__(self, transport: LocalTransport) -> None:
         self._transport = transport
-        self._generation = 0
+        self._events = 0
 
     @override
     def started(self, *, initial: Flat | None, checkpoint: CheckpointId | None) -> None:
@@ -239,19 +239,20 @@ class LocalSupervisorClient(SupervisorClient):
         """Do nothing: the caller's error ends the run."""
 
     @override
-    def replacement_begun(self, what: str) -> None:
-        self._generation += 1
+    def replacement_begun(self, what: str) -> int:
+        return self.snapshot_taken()
 
     @override
-    def replacement_answered(self) -> None:
+    def replacement_answered(self, begun: int) -> None:
         """Do nothing: shards of this process never go back."""
 
     @override
-    def generation(self) -> int:
-        return self._generation
+    def snapshot_taken(self) -> int:
+        self._events += 1
+        return self._events
 
     @override
-    def checkpoint_saved(self, checkpoint: CheckpointId, generation: int) -> None:
+    def checkpoint_written(self, checkpoint: CheckpointId, taken: int, *, is_whole: bool) -> None:
         """Do nothing: shards of this process never go back."""
 
     @override

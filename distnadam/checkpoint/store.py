@@ -63,6 +63,7 @@ class NewCheckpoint:
 
     def __init__(self, directory: Directory, manifest: Manifest) -> None:
         self.directory = directory
+        self.id = CheckpointId(directory.place, manifest.save_id)
         self.round = manifest.round
         self._manifest = manifest
 
@@ -70,11 +71,10 @@ class NewCheckpoint:
         """Return the name of the file of shard `index` of `count`."""
         return shard_file_name(index, count, self._manifest.save_id)
 
-    def commit(self, files: Iterable[FileRecord]) -> CheckpointId:
+    def commit(self, files: Iterable[FileRecord]) -> None:
         """Make the written files a checkpoint; raise CheckpointError if one cannot be seen."""
         manifest = dataclasses.replace(self._manifest, files=tuple(files), saved_at=time.time())
         commit(self.directory, manifest)
-        return CheckpointId(self.directory.place, manifest.save_id)
 
 
 @contextlib.contextmanager

@@ -112,12 +112,12 @@ class SaveHandle:
 class _Snapshot:
     """What the shards hold a copy of: where it goes, and what ends when it is there or has failed.
 
-    `generation` is the supervisor's number for the state that it was taken of.
+    `taken` is when it was taken, as the supervisor counts.
     """
 
     checkpoint: NewCheckpoint
     names: dict[int, str]
-    generation: int
+    taken: int
     hold: ExitStack
 
 
@@ -207,19 +207,18 @@ def _said_if_long(shards: ShardGroup, root: Directory) -> AbstractContextManager
 
 def _save(shards: ShardGroup, root: Directory, saved: Saved) -> str:
     with shards.boundary() as at:
-        generation = shards.backend.supervisor.generation()
+        taken = shards.backend.supervisor.snapshot_taken()
         with new_checkpoint(root, _manifest(shards, at.held, saved)) as checkpoint:
             saves = _saves(shards, checkpoint, at.token, behind=False)
             records = shards.ask(saves, timeout_s=IO_TIMEOUT_S)
-            saved_as = checkpoint.commit(records[i] for i in sorted(records))
-        shards.backend.supervisor.checkpoint_saved(saved_as, generation)
+            _commit(shards, checkpoint, taken, records)
         return checkpoint.directory.place
 
 
 def _snapshot(shards: ShardGroup, root: Directory, saved: Saved) -> _Snapshot:
     with ExitStack() as hold:
         with shards.boundary() as at:
-            generation = shards.backend.supervisor.generation()
+            taken = shards.backend.supervisor.snapshot_taken()
             manifest = _manifest(shards, at.held, saved)
             checkpoint = hold.enter_context(new_checkpoint(root, manifest))
             saves = _saves(shards, checkpoint, at.token, behind=True)
@@ -227,7 +226,7 @@ def _snapshot(shards: ShardGroup, root: Directory, saved: Saved) -> _Snapshot:
         return _Snapshot(
             checkpoint=checkpoint,
             names={i: save.file_name for i, save in saves.items()},
-            generation=generation,
+            taken=taken,
             hold=hold.pop_all(),
         )
 
@@ -265,8 +264,7 @@ def _write_behind(shards: ShardGroup, snapshot: _Snapshot, saving: SaveHandle) -
         with _measured(shards.backend.meter), snapshot.hold:
             collects = {i: Collect(name) for i, name in snapshot.names.items()}
             records = shards.ask(collects, timeout_s=IO_TIMEOUT_S)
-            saved_as = snapshot.checkpoint.commit(records[i] for i in sorted(records))
-            shards.backend.supervisor.checkpoint_saved(saved_as, snapshot.generation)
+            _commit(shards, snapshot.checkpoint, snapshot.taken, records)
     except CheckpointError as error:
         saving.fail(error)
     except ShardLost as error:
@@ -283,6 +281,16 @@ def _write_behind(shards: ShardGroup, snapshot: _Snapshot, saving: SaveHandle) -
         saving.fail(error)
     else:
         saving.complete(directory.place)
+
+
+def _commit(
+    shards: ShardGroup, checkpoint: NewCheckpoint, taken: int, records: Mapping[int, Any]
+) -> None:
+    """Make the written files a checkpoint, of which the supervisor knows whoever dies meanwhile."""
+    written, supervisor = checkpoint.id, shards.backend.supervisor
+    supervisor.checkpoint_written(written, taken, is_whole=False)
+    checkpoint.commit(records[index] for index in sorted(records))
+    supervisor.checkpoint_written(written, taken, is_whole=True)
 
 
 @contextmanager

@@ -223,7 +223,7 @@ class ShardGroup:
         def write() -> None:
             with self.boundary() as at:
                 what = _describe_replacement("the state", at.held.round)
-                self.backend.supervisor.replacement_begun(what)
+                begun = self.backend.supervisor.replacement_begun(what)
                 writes = {
                     index: Write(
                         token=at.token,
@@ -234,7 +234,7 @@ class ShardGroup:
                     for index, ranges in enumerate(self.ranges)
                 }
                 self.ask(writes)
-                self.backend.supervisor.replacement_answered()
+                self.backend.supervisor.replacement_answered(begun)
 
         self._said_if_long(f"writing {', '.join(state)}", write)
 
@@ -252,9 +252,9 @@ class ShardGroup:
                 if held.awaits_norms and config.clips_by_norm != held.config.clips_by_norm:
                     self.ask(self.for_all(CatchUp(at.token, held.round + 1)))
                 what = _describe_replacement("the configuration", held.round)
-                self.backend.supervisor.replacement_begun(what)
+                begun = self.backend.supervisor.replacement_begun(what)
                 self.ask(self.for_all(SetConfig(at.token, config, held.revision + 1)))
-                self.backend.supervisor.replacement_answered()
+                self.backend.supervisor.replacement_answered(begun)
                 return config
 
         return self._said_if_long(f"setting {', '.join(values)}", write)

@@ -5,7 +5,7 @@ left to the next look.
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from distnadam.errors import DistNadamError, IllegalMessage, ShardLost, StepTimeout
@@ -153,7 +153,8 @@ class DecisionExecutor:
         shards = ", ".join(map(str, decision.shards))
         log.warning("shard %s missed a replacement of the configuration, and gets it", shards)
         self._reconfigure(self._cluster.next_epoch(), self._cluster.schedule, self._cluster.config)
-        self._restore_points.replacement_answered()
+        with suppress(DistNadamError):  # its author was told nothing
+            self._restore_points.replacement_answered(seen.known.begun)
 
     def _release_hold(self, decision: decisions.ReleaseHold, seen: Observation) -> None:
         log.warning("the shards were held by %s, which is gone; they go on", decision.token)
@@ -189,7 +190,8 @@ class DecisionExecutor:
             cluster.shards[index] = process
             cluster.processes.watch(process)
         epoch = cluster.next_epoch()
-        for point in self._restore_points.candidates(undoing=decision.undoing):
+        candidates = seen.known.candidates(undoing=decision.undoing)
+        for point in candidates:
             load = Load(
                 epoch=epoch,
                 schedule=cluster.schedule,
@@ -204,15 +206,14 @@ class DecisionExecutor:
             if any(isinstance(error, (ShardLost, StepTimeout)) for error in errors):
                 return  # another death: look again
             if not errors and len(answers) == len(cluster.shards):
-                self._restore_points.gone_back(point)
+                lost = self._restore_points.gone_back(point, seen.known)
                 cluster.cannot_complete = False
                 self.counts["rewound"] += 1
-                self._publish(None)
+                self._publish(None if lost is None else f"{decision.why}, and {lost} meanwhile")
                 return
             if errors:
                 log.warning("passing over %s: %s", point, errors[0])
-        points = self._restore_points.candidates(undoing=decision.undoing)
-        tried = ", ".join(map(str, points))
+        tried = ", ".join(map(str, candidates))
         self._publish(f"{decision.why}, and nothing to go back to can be loaded, of {tried}")
 
     def reshard(self, cuts: Sequence[Ranges]) -> None:

@@ -50,7 +50,7 @@ class Observer:
     def look(self) -> policy.Observation:
         """Ask every shard for its status and return what is to be decided on."""
         cluster, now = self._cluster, self._cluster.clock()
-        answers = self._describe()
+        known, answers = self._restore_points.known, self._describe()
         shards = [
             self._observe(process, answers.get(index))
             for index, process in enumerate(cluster.shards)
@@ -79,11 +79,12 @@ class Observer:
             cannot_complete=cluster.cannot_complete or uneven or empty,
             members=members,
             asking=frozenset(cluster.live_owners) - members,
-            has_restore_point=self._restore_points.present,
-            changed=self._restore_points.changed,
-            changed_before=self._restore_points.changed_before,
+            has_restore_point=bool(known.points),
+            would_lose=known.would_lose,
+            undoing_would_lose=known.undoing_would_lose,
             given_up=frozenset.intersection(*given_up) if given_up else frozenset(),
             highest_round=cluster.highest_round,
+            known=known,
         )
 
     def _describe(self) -> dict[int, Any]:

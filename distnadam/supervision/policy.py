@@ -29,6 +29,7 @@ from distnadam.supervision.decisions import (
     Rewind,
     StartStandbys,
 )
+from distnadam.supervision.known_points import KnownPoints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +94,13 @@ class Observation:
         members: ranks that coming rounds need.
         asking: ranks that have a worker, perhaps for the first time, and want to be members.
         has_restore_point: whether there is a checkpoint, or `build`'s parameters, to go back to.
-        changed: what was replaced from outside since then, which going back would lose; None:
+        would_lose: what was replaced from outside since then, which going back would lose; None:
             nothing.
-        changed_before: the same without the last replacement, if that was never answered.
+        undoing_would_lose: what that would lose beside a last replacement that is half done.
         given_up: ranks whose waiters got WorkerLost.
         highest_round: the latest round that was ever decided; where shards went back from there,
             they replay what is recorded.
+        known: the restore points, of which the executor takes one that can be loaded.
     """
 
     shards: Sequence[ShardObservation]
@@ -112,10 +114,11 @@ class Observation:
     members: frozenset[int] = frozenset()
     asking: frozenset[int] = frozenset()
     has_restore_point: bool = True
-    changed: str | None = None
-    changed_before: str | None = None
+    would_lose: str | None = None
+    undoing_would_lose: str | None = None
     given_up: frozenset[int] = frozenset()
     highest_round: int = 0
+    known: KnownPoints = field(default_factory=KnownPoints, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,11 +284,11 @@ def _rewind(
                 "Options(checkpoint_dir=...), or use replicas=1"
             )
         ]
-    changed = seen.changed_before if undoing else seen.changed
-    if changed is not None:
+    lost = seen.undoing_would_lose if undoing else seen.would_lose
+    if lost is not None:
         return [
             Fail(
-                f"{why}, and {changed}, which going back to the last checkpoint would lose: save "
+                f"{why}, and {lost}, which going back to the last checkpoint would lose: save "
                 "after such a change, or use replicas=1"
             )
         ]

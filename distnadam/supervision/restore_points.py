@@ -4,11 +4,10 @@
 
 import logging
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import replace
+from typing import Any, Protocol
 
 import msgpack
 
@@ -16,11 +15,12 @@ from distnadam.checkpoint import store
 from distnadam.checkpoint.checkpoint_id import CheckpointId
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.shard_file import leftover_readers
-from distnadam.errors import CheckpointError, ConfigError
+from distnadam.errors import CheckpointError, ConfigError, DistNadamError, StaleEpoch
 from distnadam.hyperparameters import NadamConfig
-from distnadam.places import above, shown
+from distnadam.places import above
 from distnadam.protocol.messages import ShardSpec
 from distnadam.protocol.supervisor_messages import Load
+from distnadam.supervision.known_points import KnownPoints, RestorePoint
 from distnadam.tensors.arrays import Flat, cut_flat
 
 log = logging.getLogger("distnadam")
@@ -39,49 +39,15 @@ class RestoreMemory(Protocol):
         """Keep a record in place of the last."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RestorePoint:
-    """One state to go back to: a checkpoint, or parameters with nothing behind them.
-
-    Args:
-        checkpoint: which one; None for parameters.
-        params: by space; None for a checkpoint.
-        generation: that of `Replacements` whose state it holds.
-    """
-
-    checkpoint: CheckpointId | None = None
-    params: Flat | None = None
-    generation: int = 0
-
-    def __str__(self) -> str:
-        return "the first parameters" if self.checkpoint is None else shown(self.checkpoint.place)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Replacements:
-    """What was replaced from outside.
-
-    Args:
-        begun: the generation of the state that the last replacement makes, answered or not.
-        what: that replacement, in words.
-        answered: the last generation whose author was told that it is there, or an earlier one.
-        what_answered: that replacement, in words.
-    """
-
-    begun: int = 0
-    what: str = ""
-    answered: int = 0
-    what_answered: str = ""
-
-
 class RestorePoints:
-    """The restore points of one optimizer. Any thread may call.
+    """The restore points of one optimizer. Any thread may call; what is to be decided and done by
+    several calls takes `known` once.
 
-    Only what is known to be this optimizer's own is a restore point, whatever else lies in the
-    directory of checkpoints: it may be of another run, or of before a replacement.
+    Checkpoints count of which this was told, whatever else lies in their directory: that may be of
+    another run, or of before a replacement.
 
     Args:
-        directory: where checkpoints must be to count; None: anywhere.
+        directory: where saved checkpoints must be to count; None: anywhere.
         retain_initial: whether parameters are kept until there is a checkpoint.
         memory: keeps all of it but the parameters for a successor; None where there is none.
     """
@@ -93,108 +59,110 @@ class RestorePoints:
         self._retain_initial = retain_initial
         self._memory = memory
         self._lock = threading.Lock()
-        self._points: tuple[RestorePoint, ...] = ()  # the last one last
-        self._replacements = Replacements()
-        record = None if memory is None else memory.read()
-        if record is not None:
-            points, replacements = msgpack.unpackb(record)
-            self._points = tuple(
-                RestorePoint(checkpoint=CheckpointId(place, save_id), generation=generation)
-                for place, save_id, generation in points
+        self.known = KnownPoints()
+        if memory is not None and (record := memory.read()) is not None:
+            listed, fields = msgpack.unpackb(record)
+            points = (
+                RestorePoint(checkpoint=CheckpointId(*where), taken=taken, is_whole=is_whole)
+                for where, taken, is_whole in listed
             )
-            self._replacements = Replacements(**replacements)
-
-    @property
-    def present(self) -> bool:
-        """Whether there is anything to go back to."""
-        return bool(self._points)
-
-    @property
-    def generation(self) -> int:
-        """The generation of the present state, which every replacement raises."""
-        return self._replacements.begun
-
-    @property
-    def changed(self) -> str | None:
-        """What going back would lose; None: nothing."""
-        now = self._replacements
-        return None if self._holds(now.begun) else now.what
-
-    @property
-    def changed_before(self) -> str | None:
-        """What going back would lose beside the last replacement, if that was never answered."""
-        now = self._replacements
-        return None if self._holds(now.answered) else now.what_answered
-
-    def _holds(self, generation: int) -> bool:
-        return generation == 0 or any(each.generation >= generation for each in self._points)
+            self.known = KnownPoints(points=tuple(points), **fields)
 
     def begin(self, initial: Flat | None, checkpoint: CheckpointId | None) -> None:
         """Remember what the shards began with, as far as it is known."""
         params = initial if self._retain_initial else None
         with self._lock:
-            if not self._points and (params is not None or checkpoint is not None):
-                point = RestorePoint(checkpoint=checkpoint, params=params)
-                self._keep(self._replacements, (point,))
+            if not self.known.points and (params is not None or checkpoint is not None):
+                now = self.known.now + 1
+                point = RestorePoint(taken=now, checkpoint=checkpoint, params=params)
+                self._keep(now=now, points=(point,))
 
-    def replacement_begun(self, what: str) -> None:
-        """Remember that the state is about to be replaced from outside."""
+    def replacement_begun(self, what: str) -> int:
+        """Remember that the state is about to be replaced from outside; return when."""
         with self._lock:
-            now = self._replacements
-            begun = max(time.time_ns(), now.begun + 1)
-            self._keep(replace(now, begun=begun, what=what), self._points)
+            now = self.known.now + 1
+            self._keep(now=now, begun=now, what=what)
+            return now
 
-    def replacement_answered(self) -> None:
-        """Remember that all shards have what was replaced last."""
+    def replacement_answered(self, begun: int) -> None:
+        """Remember that all shards have what was replaced.
+
+        Raises:
+            StaleEpoch: they went back since, or another replacement has begun.
+        """
         with self._lock:
-            now = self._replacements
-            if now.answered < now.begun:
-                whole = replace(now, answered=now.begun, what_answered=now.what)
-                self._keep(whole, self._points)
+            if begun not in (self.known.begun, self.known.answered):
+                raise StaleEpoch("all shards went back, or were replaced by another, meanwhile")
+            if self.known.answered < begun:
+                self._keep(answered=begun, what_answered=self.known.what)
 
-    def checkpoint_saved(self, checkpoint: CheckpointId, generation: int) -> None:
-        """Remember that a checkpoint of that generation of the state is complete.
+    def snapshot_taken(self) -> int:
+        """Return when the present state is taken, which all shards are held for."""
+        with self._lock:
+            self._keep(now=self.known.now + 1)
+            return self.known.now
+
+    def checkpoint_written(self, checkpoint: CheckpointId, taken: int, *, is_whole: bool) -> None:
+        """Remember a checkpoint of a snapshot whose files are written, and then that it is whole.
 
         It holds whatever was replaced before it, and makes what is of before that needless, if it
         is where checkpoints count.
         """
         if self._fixed not in (None, above(checkpoint.place)):
             return
-        point = RestorePoint(checkpoint=checkpoint, generation=generation)
         with self._lock:
-            others = [
-                each
-                for each in self._points
-                if each.checkpoint is not None and each.checkpoint.place != checkpoint.place
-            ]
-            before = [each for each in others if each.generation == generation]
-            after = [each for each in others if each.generation > generation]
-            self._keep(self._replacements, [*before, point, *after][-_MOST_KNOWN:])
+            if taken < self.known.went_back:
+                return  # what has been since is not its continuation
+            known = [each for each in self.known.points if each.checkpoint == checkpoint]
+            points = [each for each in self.known.points if each.checkpoint != checkpoint]
+            is_whole = is_whole or any(each.is_whole for each in known)  # told late, once more
+            if is_whole:
+                points = [each for each in points if not self._is_needless(each, checkpoint, taken)]
+            points.append(RestorePoint(taken=taken, checkpoint=checkpoint, is_whole=is_whole))
+            points.sort(key=lambda point: point.taken)
+            self._keep(points=tuple(points[-_MOST_KNOWN:]))
 
-    def gone_back(self, point: RestorePoint) -> None:
-        """Remember that all shards have this state now."""
-        with self._lock:
-            if (generation := point.generation) < self.generation:
-                self._keep(Replacements(begun=generation, answered=generation), self._points)
+    def _is_needless(self, point: RestorePoint, checkpoint: CheckpointId, taken: int) -> bool:
+        """Whether a point is, once a checkpoint is whole."""
+        where = point.checkpoint
+        is_replaced = where is None or (where.place == checkpoint.place and point.taken < taken)
+        return is_replaced or point.taken < self.known.answered < taken
 
-    def _keep(self, replacements: Replacements, points: Sequence[RestorePoint]) -> None:
-        """Know this from now on, once it is in the memory."""
-        if self._memory is not None:
-            listed = [(*each.checkpoint, each.generation) for each in points if each.checkpoint]
-            self._memory.write(msgpack.packb([listed, vars(replacements)]))
-        self._replacements, self._points = replacements, tuple(points)
-
-    def candidates(self, *, undoing: bool = False) -> Iterator[RestorePoint]:
-        """Yield what may be loaded, best first: what loses nothing that was replaced.
+    def gone_back(self, point: RestorePoint, decided_on: KnownPoints) -> str | None:
+        """Remember that all shards have this state now; return what that has lost, in words.
 
         Args:
-            undoing: whether the last replacement was half done, and may be lost.
+            point: of the candidates of `decided_on`.
+            decided_on: what was known when it was decided to go back.
         """
-        now = self._replacements
-        least = now.answered if undoing else now.begun
-        for point in reversed(self._points):
-            if point.generation >= least:
-                yield point
+        with self._lock:
+            known = self.known
+            if known.answered > decided_on.answered:
+                return known.what_answered
+            points = tuple(each for each in known.points if each.taken <= point.taken)
+            now = known.now + 1
+            changes: dict[str, Any] = {"now": now, "went_back": now, "points": points}
+            if point.taken < known.begun == decided_on.begun:  # it was undone; a later one was not
+                changes |= {"begun": known.answered, "what": known.what_answered}
+            try:
+                self._keep(**changes)
+            except DistNadamError as error:  # a successor would refuse to go back, where it may
+                log.warning("%s", error)
+                self.known = replace(known, **changes)
+        return None
+
+    def _keep(self, **changes: Any) -> None:
+        """Know this from now on, once it is in the memory."""
+        known = replace(self.known, **changes)
+        if self._memory is not None:
+            listed = [
+                (each.checkpoint, each.taken, each.is_whole)
+                for each in known.points
+                if each.checkpoint is not None
+            ]
+            fields = {name: value for name, value in vars(known).items() if name != "points"}
+            self._memory.write(msgpack.packb([listed, fields]))
+        self.known = known
 
     def loads(self, point: RestorePoint, specs: Sequence[ShardSpec], load: Load) -> dict[int, Load]:
         """Return the message that has each shard load its part; empty if the point is refused.

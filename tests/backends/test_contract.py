@@ -387,15 +387,13 @@ def test_a_process_with_no_supervisor_cannot_be_recovered() -> None:
 # The supervisor
 
 
-def test_only_a_replaced_state_is_another_generation(case: Case) -> None:
+def test_snapshots_and_replacements_are_told_in_their_order_whoever_tells_them(case: Case) -> None:
     mine, other = case.backend.supervisor, case.another().supervisor
-    first = mine.generation()
-    assert (mine.generation(), other.generation()) == (first, first)
-    other.replacement_begun("by this test")
-    second = mine.generation()
-    assert second != first
-    other.replacement_begun("by this test, again")
-    assert mine.generation() not in (first, second)
+    first = mine.snapshot_taken()
+    begun = other.replacement_begun("the state was replaced by this test")
+    other.replacement_answered(begun)
+    other.replacement_answered(begun)  # its answer was lost
+    assert first < begun < mine.snapshot_taken() < other.snapshot_taken()
 
 
 @pytest.mark.on_ray(slow=["ray"])

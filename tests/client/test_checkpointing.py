@@ -243,18 +243,27 @@ def test_a_change_after_the_snapshot_is_not_taken_for_saved(
     gate: WriteGate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with DistNadam(backend="local").build(params()) as optimizer:
-        supervisor, generations = optimizer.shards.backend.supervisor, list[int]()
-        monkeypatch.setattr(
-            supervisor, "checkpoint_saved", lambda _, generation: generations.append(generation)
-        )
+        supervisor, told = optimizer.shards.backend.supervisor, list[Any]()
+        begin = supervisor.replacement_begun
+
+        def begun(what: str) -> int:
+            told.append(("begun", when := begin(what)))
+            return when
+
+        def written(checkpoint: Any, taken: int, *, is_whole: bool) -> None:
+            told.append(("whole" if is_whole else "written", taken))
+
+        monkeypatch.setattr(supervisor, "replacement_begun", begun)
+        monkeypatch.setattr(supervisor, "checkpoint_written", written)
         optimizer.set_params(params(1))
         saving = optimizer.save(tmp_path, wait=False)
         optimizer.set_params(params(2))
         gate.opened.set()
         saving.result()
-        assert generations[-1] < supervisor.generation()
         optimizer.save(tmp_path)
-        assert generations[-1] == supervisor.generation()
+        first, second = (when for what, when in told if what == "begun")
+        early, early_whole, late, late_whole = (when for what, when in told if what != "begun")
+        assert first < early == early_whole < second < late == late_whole
 
 
 def test_a_snapshot_is_only_taken_of_held_shards() -> None:

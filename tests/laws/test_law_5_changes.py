@@ -116,7 +116,7 @@ class ChangesAmidFaults(FaultsAgainstOneProcess):
             assert all(each and each.revision == revision + 1 for each in known)
             SEEN["a change that standbys followed"] += bool(known)
         self.save()
-        if supervisor.restore_points.changed is not None:
+        if supervisor.restore_points.known.would_lose is not None:
             shutil.rmtree(self.root)
             self.start(**self.drawn)  # shards cannot be paused now, and a death would be an error
 

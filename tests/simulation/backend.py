@@ -164,20 +164,21 @@ class _WorldSupervisorClient(SupervisorClient):
         self._world.supervisor.notify(CannotComplete())
 
     @override
-    def replacement_begun(self, what: str) -> None:
-        self._world.supervisor.restore_points.replacement_begun(what)
+    def replacement_begun(self, what: str) -> int:
+        return self._world.supervisor.restore_points.replacement_begun(what)
 
     @override
-    def replacement_answered(self) -> None:
-        self._world.supervisor.restore_points.replacement_answered()
+    def replacement_answered(self, begun: int) -> None:
+        self._world.supervisor.restore_points.replacement_answered(begun)
 
     @override
-    def generation(self) -> int:
-        return self._world.supervisor.restore_points.generation
+    def snapshot_taken(self) -> int:
+        return self._world.supervisor.restore_points.snapshot_taken()
 
     @override
-    def checkpoint_saved(self, checkpoint: CheckpointId, generation: int) -> None:
-        self._world.supervisor.restore_points.checkpoint_saved(checkpoint, generation)
+    def checkpoint_written(self, checkpoint: CheckpointId, taken: int, *, is_whole: bool) -> None:
+        points = self._world.supervisor.restore_points
+        points.checkpoint_written(checkpoint, taken, is_whole=is_whole)
 
     @override
     def lost_ranks(self) -> dict[int, int]:

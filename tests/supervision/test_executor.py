@@ -365,6 +365,47 @@ def test_nothing_but_the_optimizers_own_checkpoints_is_gone_back_to(tmp_path: Pa
     assert [answer.round for answer in scene.group.describe_all()] == [0, 0]
 
 
+def test_a_change_that_is_answered_while_all_go_back_is_lost_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = Scene()
+    made = Settings(config=NadamConfig(), options=OPTIONS, topology=Topology(num_shards=2))
+    CheckpointWriter().save(scene.group, LocalDirectory(tmp_path), Saved(settings=made, data={}))
+    scene.group.step(GRADIENT)
+    points = scene.world.supervisor.restore_points
+    loads = points.loads
+
+    def loads_late(*given: Any) -> Any:
+        points.replacement_answered(points.replacement_begun("the rate was replaced"))
+        return loads(*given)
+
+    monkeypatch.setattr(points, "loads", loads_late)
+    scene.world.shards[0].kill()
+    scene.world.look()
+    failed = scene.world.supervisor.newest_map.failed
+    assert failed is not None and failed.endswith("and the rate was replaced meanwhile")
+
+
+def test_a_change_that_only_begins_while_all_go_back_keeps_them_from_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = Scene()
+    made = Settings(config=NadamConfig(), options=OPTIONS, topology=Topology(num_shards=2))
+    CheckpointWriter().save(scene.group, LocalDirectory(tmp_path), Saved(settings=made, data={}))
+    scene.group.step(GRADIENT)
+    points, start = scene.world.supervisor.restore_points, scene.processes.start
+
+    def start_late(*args: Any, **kwargs: Any) -> Any:
+        points.replacement_begun("the rate was replaced")
+        return start(*args, **kwargs)
+
+    monkeypatch.setattr(scene.processes, "start", start_late)
+    scene.world.shards[0].kill()
+    scene.world.look()
+    assert scene.world.supervisor.newest_map.failed is None
+    assert [answer.round for answer in scene.group.describe_all()] == [0, 0]
+
+
 def test_a_checkpoint_that_cannot_be_read_leaves_none_of_before_a_replacement(
     tmp_path: Path,
 ) -> None:

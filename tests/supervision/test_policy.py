@@ -193,13 +193,13 @@ TABLE: list[tuple[str, Observation, Rules, list[type]]] = [
     ),
     (
         "no standby, a change that would be lost",
-        Observation(shards=[dead(), alive()], changed="the state was replaced"),
+        Observation(shards=[dead(), alive()], would_lose="the state was replaced"),
         WAITS,
         [Fail],
     ),
     (
         "a standby, a change that is kept",
-        Observation(shards=[dead(5), alive()], changed="the state was replaced"),
+        Observation(shards=[dead(5), alive()], would_lose="the state was replaced"),
         WAITS,
         [Promote],
     ),
@@ -218,7 +218,7 @@ TABLE: list[tuple[str, Observation, Rules, list[type]]] = [
     (
         "a write half done",
         Observation(
-            shards=[alive(epoch=2, reason="replaced"), alive()], changed="the write itself"
+            shards=[alive(epoch=2, reason="replaced"), alive()], would_lose="the write itself"
         ),
         WAITS,
         [Rewind],
@@ -227,8 +227,8 @@ TABLE: list[tuple[str, Observation, Rules, list[type]]] = [
         "a write half done after one that was whole",
         Observation(
             shards=[alive(epoch=2, reason="replaced"), alive()],
-            changed="the write itself",
-            changed_before="before",
+            would_lose="the write itself",
+            undoing_would_lose="before",
         ),
         WAITS,
         [Fail],
@@ -241,7 +241,7 @@ TABLE: list[tuple[str, Observation, Rules, list[type]]] = [
     ),
     (
         "a change of the configuration half done, by which no shard has stepped",
-        Observation(shards=[alive(revision=1), alive(revision=0)], changed="this"),
+        Observation(shards=[alive(revision=1), alive(revision=0)], would_lose="this"),
         WAITS,
         [CompleteConfig],
     ),
@@ -249,7 +249,7 @@ TABLE: list[tuple[str, Observation, Rules, list[type]]] = [
         "a change of the configuration that some shards have stepped by",
         Observation(
             shards=[alive(revision=1, applied_revision=1), alive(revision=0)],
-            changed="this",
+            would_lose="this",
         ),
         WAITS,
         [Rewind],
@@ -264,8 +264,8 @@ TABLE: list[tuple[str, Observation, Rules, list[type]]] = [
         "a change of the configuration that was stepped by, after one that was whole",
         Observation(
             shards=[alive(revision=2, applied_revision=2), alive(revision=1)],
-            changed="this",
-            changed_before="before",
+            would_lose="this",
+            undoing_would_lose="before",
         ),
         WAITS,
         [Fail],
@@ -485,7 +485,7 @@ def test_a_failure_says_what_would_have_helped() -> None:
         in none.why
     )
     (lost,) = decide(
-        Observation(shards=[dead()], changed="the state was replaced after round 4"), WAITS
+        Observation(shards=[dead()], would_lose="the state was replaced after round 4"), WAITS
     )
     assert (
         isinstance(lost, Fail)
@@ -527,8 +527,8 @@ SEEN = st.builds(
     members=RANKS,
     asking=RANKS,
     has_restore_point=st.booleans(),
-    changed=st.none() | st.just("changed"),
-    changed_before=st.none() | st.just("before"),
+    would_lose=st.none() | st.just("changed"),
+    undoing_would_lose=st.none() | st.just("before"),
     given_up=RANKS,
     highest_round=st.integers(0, 6),
 )
@@ -555,7 +555,7 @@ def test_whatever_is_seen_nothing_is_decided_that_loses_a_bit(
             assert None not in rounds and max(rounds) - min(rounds) <= 1  # type: ignore[type-var, operator]
         if isinstance(decision, Rewind):
             assert seen.has_restore_point and decision.shards == gone and fenced
-            assert (seen.changed_before if decision.undoing else seen.changed) is None
+            assert (seen.undoing_would_lose if decision.undoing else seen.would_lose) is None
             assert not decision.undoing or (
                 not gone and len({(shard.epoch, shard.revision) for shard in seen.shards}) > 1
             )

@@ -9,6 +9,7 @@ from distnadam import DistNadam
 from distnadam.checkpoint import store
 from distnadam.checkpoint.checkpoint_id import CheckpointId
 from distnadam.config import Options
+from distnadam.errors import ClusterError, StaleEpoch
 from distnadam.hyperparameters import NadamConfig
 from distnadam.protocol.messages import ShardSpec
 from distnadam.protocol.supervisor_messages import Load
@@ -46,7 +47,7 @@ class Memory(RestoreMemory):
 
     def write(self, record: bytes) -> None:
         if self.is_full:
-            raise OSError("full")
+            raise ClusterError("full")
         self.record = record
 
 
@@ -65,12 +66,31 @@ def save_steps(root: Path, steps: int) -> list[CheckpointId]:
         return saved
 
 
+def save(points: RestorePoints, which: CheckpointId, taken: int | None = None) -> None:
+    """Tell of a whole checkpoint of the present state, or of that of then."""
+    taken = points.snapshot_taken() if taken is None else taken
+    for is_whole in (False, True):
+        points.checkpoint_written(which, taken, is_whole=is_whole)
+
+
+def replace(points: RestorePoints, what: str) -> None:
+    points.replacement_answered(points.replacement_begun(what))
+
+
+def listed(points: RestorePoints, *, undoing: bool = False) -> list[CheckpointId | None]:
+    return [point.checkpoint for point in points.known.candidates(undoing=undoing)]
+
+
+def lost(points: RestorePoints) -> tuple[str | None, str | None]:
+    return points.known.would_lose, points.known.undoing_would_lose
+
+
 def test_without_a_checkpoint_the_first_parameters_are_cut_for_each_shard() -> None:
     points = RestorePoints(None, retain_initial=True)
-    assert not points.present and list(points.candidates()) == []
+    assert points.known.points == ()
     points.begin(PARAMS, None)
-    (point,) = points.candidates()
-    assert points.present and str(point) == "the first parameters"
+    (point,) = points.known.candidates()
+    assert str(point) == "the first parameters"
     loads = points.loads(point, SPECS, Load(epoch=7))
     assert [load.epoch for load in loads.values()] == [7, 7]
     parts = [load.params["float32"] for load in loads.values() if load.params is not None]
@@ -80,66 +100,112 @@ def test_without_a_checkpoint_the_first_parameters_are_cut_for_each_shard() -> N
 def test_first_parameters_are_dropped_where_they_are_not_wanted_or_a_save_is_complete() -> None:
     points = RestorePoints(None, retain_initial=False)
     points.begin(PARAMS, None)
-    assert not points.present
+    assert points.known.points == ()
     points = RestorePoints(None, retain_initial=True)
     points.begin(PARAMS, None)
-    points.checkpoint_saved(checkpoint(1), points.generation)
-    assert [point.checkpoint for point in points.candidates()] == [checkpoint(1)]
+    save(points, checkpoint(1))
+    assert listed(points) == [checkpoint(1)]
 
 
-def test_a_replacement_is_lost_unless_a_checkpoint_of_its_generation_is_saved() -> None:
+def test_a_replacement_is_lost_unless_a_whole_checkpoint_was_taken_after_it() -> None:
     points = RestorePoints("/root", retain_initial=True)
     points.begin(None, checkpoint(0))
-    before = points.generation
-    points.replacement_begun("the learning rate was replaced after round 3")
-    assert points.generation > before
-    points.checkpoint_saved(checkpoint(1), before)
-    assert points.changed == "the learning rate was replaced after round 3"
-    assert list(points.candidates()) == []
-    points.checkpoint_saved(checkpoint(2, "/elsewhere"), points.generation)
-    assert points.changed is not None, "nobody looks there"
-    points.checkpoint_saved(checkpoint(2), points.generation)
-    assert points.changed is None
-    assert [point.checkpoint for point in points.candidates()] == [checkpoint(2)]
+    before = points.snapshot_taken()
+    replace(points, "the learning rate was replaced after round 3")
+    save(points, checkpoint(1), before)
+    assert lost(points)[0] == "the learning rate was replaced after round 3"
+    assert listed(points) == []
+    save(points, checkpoint(2, "/elsewhere"))
+    assert lost(points)[0] is not None, "nobody looks there"
+    taken = points.snapshot_taken()
+    points.checkpoint_written(checkpoint(2), taken, is_whole=False)
+    assert lost(points)[0] is not None and listed(points) == [checkpoint(2)]
+    points.checkpoint_written(checkpoint(2), taken, is_whole=True)
+    points.checkpoint_written(checkpoint(2), taken, is_whole=False)  # told late, once more
+    assert lost(points) == (None, None) and listed(points) == [checkpoint(2)]
 
 
-def test_a_save_that_ends_late_is_behind_one_of_a_later_state() -> None:
+def test_what_was_taken_later_is_better_whichever_was_told_first() -> None:
     points = RestorePoints(None, retain_initial=True)
-    before = points.generation
-    points.replacement_begun("the state was replaced after round 3")
-    points.checkpoint_saved(checkpoint(2), points.generation)
-    points.checkpoint_saved(checkpoint(1), before)
-    assert points.changed is None
-    assert [point.checkpoint for point in points.candidates()] == [checkpoint(2)]
+    early, late = points.snapshot_taken(), points.snapshot_taken()
+    save(points, checkpoint(5), late)
+    save(points, checkpoint(2), early)
+    assert listed(points) == [checkpoint(5), checkpoint(2)]
 
 
-def test_what_was_never_answered_may_be_undone_but_nothing_before_it() -> None:
+def test_what_is_half_done_may_be_undone_but_nothing_before_it() -> None:
     points = RestorePoints(None, retain_initial=True)
     points.begin(PARAMS, None)
     points.replacement_begun("the first")
-    assert (points.changed, points.changed_before) == ("the first", None)
-    (initial,) = points.candidates(undoing=True)
-    points.gone_back(initial)
-    assert (points.changed, points.changed_before) == (None, None)
-    points.replacement_begun("the second")
-    points.replacement_answered()
-    assert (points.changed, points.changed_before) == ("the second", "the second")
+    save(points, checkpoint(1))  # of a state that is half one, half the other
+    assert lost(points) == (None, None) and listed(points) == [checkpoint(1)]
+    assert listed(points, undoing=True) == []
+    points = RestorePoints(None, retain_initial=True)
+    points.begin(PARAMS, None)
+    points.replacement_begun("the first")
+    assert lost(points) == ("the first", None)
+    (initial,) = points.known.candidates(undoing=True)
+    assert points.gone_back(initial, points.known) is None
+    assert lost(points) == (None, None)
+    replace(points, "the second")
+    assert lost(points) == ("the second", "the second")
     points.replacement_begun("the third")
     points.replacement_begun("the third")  # its author tries again
-    assert (points.changed, points.changed_before) == ("the third", "the second")
-    assert list(points.candidates(undoing=True)) == []
+    assert lost(points) == ("the third", "the second")
+    assert listed(points, undoing=True) == []
+
+
+def test_what_was_undone_is_not_answered() -> None:
+    points = RestorePoints(None, retain_initial=True)
+    points.begin(PARAMS, None)
+    begun = points.replacement_begun("the first")
+    (initial,) = points.known.candidates(undoing=True)
+    points.gone_back(initial, points.known)
+    with pytest.raises(StaleEpoch, match="went back"):
+        points.replacement_answered(begun)
+
+
+def test_what_is_replaced_between_the_decision_to_go_back_and_its_end_is_not_forgotten() -> None:
+    points = RestorePoints(None, retain_initial=True)
+    points.begin(PARAMS, None)
+    points.replacement_begun("the first")
+    decided_on = points.known
+    begun = points.replacement_begun("the second")
+    (initial,) = decided_on.candidates(undoing=True)
+    assert points.gone_back(initial, decided_on) is None
+    assert lost(points)[0] == "the second"
+    points.replacement_answered(begun)
+    assert points.gone_back(initial, decided_on) == "the second", "it is lost, and said to be"
+
+
+def test_what_was_taken_before_all_went_back_is_none_afterwards() -> None:
+    points = RestorePoints(None, retain_initial=True)
+    points.begin(PARAMS, None)
+    save(points, checkpoint(1))
+    late = points.snapshot_taken()
+    save(points, checkpoint(3))
+    points.gone_back(points.known.candidates()[1], points.known)
+    assert listed(points) == [checkpoint(1)]
+    save(points, checkpoint(2), late)
+    assert listed(points) == [checkpoint(1)]
+    save(points, checkpoint(4))
+    assert listed(points) == [checkpoint(4), checkpoint(1)]
 
 
 def test_a_second_save_of_a_round_takes_the_place_of_the_first(tmp_path: Path) -> None:
     points = RestorePoints(None, retain_initial=True)
     (first,) = save_steps(tmp_path, 1)
+    save(points, first)
+    taken = points.snapshot_taken()
     (second,) = save_steps(tmp_path, 1)
-    points.begin(None, first)
-    (point,) = points.candidates()
+    (point,) = points.known.candidates()
     assert points.loads(point, SPECS, Load(epoch=3)) == {}, "another lies there"
-    points.checkpoint_saved(second, points.generation)
-    (point,) = points.candidates()
-    assert len(points.loads(point, SPECS, Load(epoch=3))) == 2
+    points.checkpoint_written(second, taken, is_whole=False)
+    newest, _older = points.known.candidates()
+    assert len(points.loads(newest, SPECS, Load(epoch=3))) == 2
+    points.checkpoint_written(second, taken, is_whole=True)
+    points.checkpoint_written(first, taken - 1, is_whole=True)  # told late, once more
+    assert points.known.candidates()[0].checkpoint == second
 
 
 def test_the_newest_checkpoint_comes_first_and_a_damaged_one_is_passed_over(
@@ -149,8 +215,8 @@ def test_the_newest_checkpoint_comes_first_and_a_damaged_one_is_passed_over(
     points = RestorePoints(str(tmp_path), retain_initial=True)
     points.begin(PARAMS, None)
     for each in (first, second):
-        points.checkpoint_saved(each, points.generation)
-    newest, older = points.candidates()
+        save(points, each)
+    newest, older = points.known.candidates()
     assert [str(newest), str(older)] == [second.place, first.place]
     loads = points.loads(newest, SPECS, Load(epoch=3, config=NadamConfig(lr=0.5)))
     saved = SPECS[0].config
@@ -163,34 +229,36 @@ def test_the_newest_checkpoint_comes_first_and_a_damaged_one_is_passed_over(
 def test_checkpoints_that_are_not_the_optimizers_own_are_none(tmp_path: Path) -> None:
     save_steps(tmp_path, 2)
     points = RestorePoints(str(tmp_path), retain_initial=True)
-    assert not points.present
+    assert points.known.points == ()
     points.begin(PARAMS, None)
-    assert [str(point) for point in points.candidates()] == ["the first parameters"]
+    assert [str(point) for point in points.known.candidates()] == ["the first parameters"]
 
 
 def test_a_successor_knows_all_but_the_first_parameters() -> None:
     memory = Memory()
     points = RestorePoints(None, retain_initial=True, memory=memory)
     points.begin(PARAMS, None)
-    points.replacement_begun("the first")
-    points.replacement_answered()
+    replace(points, "the first")
     for number in range(100):
-        points.checkpoint_saved(checkpoint(number), points.generation)
+        save(points, checkpoint(number))
     points.replacement_begun("the second")
     heir = RestorePoints(None, retain_initial=True, memory=memory)
     heir.begin(None, None)
     for each in (points, heir):
-        assert (each.generation, each.present) == (points.generation, True)
-        assert (each.changed, each.changed_before) == ("the second", None)
-        (newest, *others) = each.candidates(undoing=True)
-        assert newest.checkpoint == checkpoint(99) and len(others) == 63
+        assert lost(each) == ("the second", None)
+        assert listed(each, undoing=True) == [checkpoint(number) for number in range(99, 35, -1)]
+    assert heir.snapshot_taken() == points.snapshot_taken()
 
 
-def test_what_the_memory_does_not_take_has_not_begun() -> None:
+def test_what_the_memory_does_not_take_has_not_begun_but_what_was_done_is_known() -> None:
     memory = Memory()
     points = RestorePoints(None, retain_initial=True, memory=memory)
     points.begin(PARAMS, None)
+    points.replacement_begun("the first")
     memory.is_full = True
-    with pytest.raises(OSError, match="full"):
-        points.replacement_begun("the state was replaced")
-    assert points.changed is None and points.generation == 0
+    with pytest.raises(ClusterError, match="full"):
+        points.replacement_begun("the second")
+    assert lost(points)[0] == "the first"
+    (initial,) = points.known.candidates(undoing=True)
+    assert points.gone_back(initial, points.known) is None
+    assert lost(points) == (None, None)

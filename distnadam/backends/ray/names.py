@@ -25,6 +25,7 @@ def end_optimizer(supervisor: Any, run: str | None) -> None:
     if run is not None:
         with contextlib.suppress(Exception), while_ray_lives():  # the cluster is gone
             registry.kill_all(run, kill_on)
+        with contextlib.suppress(Exception), while_ray_lives():
             stored_restore_points.forget(run)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 
-from distnadam.backends.ray import registry
+from distnadam.backends.ray import registry, stored_restore_points
 from distnadam.backends.ray.address import ProcessAddress
 from distnadam.backends.ray.calls import retry_in_background
 from distnadam.backends.ray.lease import Lease, lease_s
@@ -370,6 +370,7 @@ class ShardActor:
         log.info("shard %d: its supervisor has ended, and so does it", self._spec.index)
         with contextlib.suppress(Exception):  # the cluster ends as well
             registry.forget(self._spec.run_id, [self._address])
+            stored_restore_points.forget(self._spec.run_id)
         os._exit(0)
 
     def _notice(self, notice: Notice) -> None:

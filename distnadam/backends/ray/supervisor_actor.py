@@ -160,22 +160,24 @@ class SupervisorActor:
         """Take a report of a shard or a worker."""
         self._supervisor.notify(report)
 
-    async def replacement_begun(self, what: str) -> None:
-        """Remember that the state is about to be replaced from outside."""
-        await asyncio.to_thread(self._supervisor.restore_points.replacement_begun, what)
+    async def replacement_begun(self, what: str) -> int:
+        """Remember that the state is about to be replaced from outside; return when."""
+        return await asyncio.to_thread(self._supervisor.restore_points.replacement_begun, what)
 
-    async def replacement_answered(self) -> None:
-        """Remember that all shards have what was replaced last."""
-        await asyncio.to_thread(self._supervisor.restore_points.replacement_answered)
+    async def replacement_answered(self, begun: int) -> None:
+        """Remember that all shards have what was replaced."""
+        await asyncio.to_thread(self._supervisor.restore_points.replacement_answered, begun)
 
-    async def generation(self) -> int:
-        """Return a number that changes with every replacement from outside."""
-        return self._supervisor.restore_points.generation
+    async def snapshot_taken(self) -> int:
+        """Return when the present state is taken, which all shards are held for."""
+        return await asyncio.to_thread(self._supervisor.restore_points.snapshot_taken)
 
-    async def checkpoint_saved(self, checkpoint: CheckpointId, generation: int) -> None:
-        """Remember that a checkpoint of that generation of the state is complete."""
-        points = self._supervisor.restore_points
-        await asyncio.to_thread(points.checkpoint_saved, checkpoint, generation)
+    async def checkpoint_written(
+        self, checkpoint: CheckpointId, taken: int, *, is_whole: bool
+    ) -> None:
+        """Remember a checkpoint of a snapshot, and that it is whole."""
+        written = self._supervisor.restore_points.checkpoint_written
+        await asyncio.to_thread(written, checkpoint, taken, is_whole=is_whole)
 
     async def reshard(self, cuts: Sequence[Ranges]) -> None:
         """Have one shard per entry hold these ranges."""

@@ -1,6 +1,6 @@
 """Calls to the supervisor's actor, one typed method each.
 
-Every call is idempotent and is repeated while Ray loses it. Only this module knows the names of the
+Every call may be repeated, and is while Ray loses it. Only this module knows the names of the
 actor's methods.
 """
 
@@ -135,23 +135,26 @@ class RaySupervisorClient(SupervisorClient):
         self._ask("notify", lambda: self.actor.notify.remote(CannotComplete()))
 
     @override
-    def replacement_begun(self, what: str) -> None:
-        self._ask("replacement_begun", lambda: self.actor.replacement_begun.remote(what))
+    def replacement_begun(self, what: str) -> int:
+        begun: int = self._ask(
+            "replacement_begun", lambda: self.actor.replacement_begun.remote(what)
+        )
+        return begun
 
     @override
-    def replacement_answered(self) -> None:
-        self._ask("replacement_answered", self.actor.replacement_answered.remote)
+    def replacement_answered(self, begun: int) -> None:
+        self._ask("replacement_answered", lambda: self.actor.replacement_answered.remote(begun))
 
     @override
-    def generation(self) -> int:
-        generation: int = self._ask("generation", self.actor.generation.remote)
-        return generation
+    def snapshot_taken(self) -> int:
+        taken: int = self._ask("snapshot_taken", self.actor.snapshot_taken.remote)
+        return taken
 
     @override
-    def checkpoint_saved(self, checkpoint: CheckpointId, generation: int) -> None:
+    def checkpoint_written(self, checkpoint: CheckpointId, taken: int, *, is_whole: bool) -> None:
         self._ask(
-            "checkpoint_saved",
-            lambda: self.actor.checkpoint_saved.remote(checkpoint, generation),
+            "checkpoint_written",
+            lambda: self.actor.checkpoint_written.remote(checkpoint, taken, is_whole=is_whole),
         )
 
     @override
