@@ -69,8 +69,8 @@ class Options:
         object_store_bytes: of a Ray that this package starts. None means Ray's default.
         checkpoint_dir: the directory, a path or an fsspec URL, from which the shards restore when
             one of them dies without a standby; `build` writes a first checkpoint there. None means
-            wherever `save` wrote. Only checkpoints that it saved or was restored from count. A
-            relative path is made absolute here. A password in a URL is in no checkpoint, nor shown.
+            wherever `save` wrote. Only what this optimizer saved or was restored from counts. A
+            relative path is made absolute here; a URL's password or token is in no checkpoint.
         outlives: whether an optimizer that has a name outlives the process that made it; False
             ends it with that process, however that ends.
         retain_initial: keep the parameters given to `build` in the supervisor until the first

@@ -293,8 +293,8 @@ class SupervisorClient(ABC):
         """Report, before it happens, what a client replaces; return when, as snapshots count."""
 
     @abstractmethod
-    def replacement_answered(self, begun: int) -> None:
-        """Report that all shards have it, before its author hears; StaleEpoch if they lost it."""
+    def replacement_completed(self, begun: int) -> None:
+        """Report that all shards have it; StaleEpoch if they went back meanwhile."""
 
     @abstractmethod
     def snapshot_taken(self) -> int:

@@ -243,7 +243,7 @@ class LocalSupervisorClient(SupervisorClient):
         return self.snapshot_taken()
 
     @override
-    def replacement_answered(self, begun: int) -> None:
+    def replacement_completed(self, begun: int) -> None:
         """Do nothing: shards of this process never go back."""
 
     @override

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 
 class CheckpointId(NamedTuple):
-    """The place of a checkpoint's directory, and its save, since another of the same round replaces
-    it.
+    """The place of a checkpoint's directory, and its save's id: another save of the same round
+    replaces it.
     """
 
     place: str

@@ -112,7 +112,7 @@ class SaveHandle:
 class _Snapshot:
     """What the shards hold a copy of: where it goes, and what ends when it is there or has failed.
 
-    `taken` is when it was taken, as the supervisor counts.
+    `taken` is the supervisor's number of it.
     """
 
     checkpoint: NewCheckpoint
@@ -286,7 +286,7 @@ def _write_behind(shards: ShardGroup, snapshot: _Snapshot, saving: SaveHandle) -
 def _commit(
     shards: ShardGroup, checkpoint: NewCheckpoint, taken: int, records: Mapping[int, Any]
 ) -> None:
-    """Make the written files a checkpoint, of which the supervisor knows whoever dies meanwhile."""
+    """Commit the written files; tell the supervisor before and after, whoever dies in between."""
     written, supervisor = checkpoint.id, shards.backend.supervisor
     supervisor.checkpoint_written(written, taken, is_whole=False)
     checkpoint.commit(records[index] for index in sorted(records))

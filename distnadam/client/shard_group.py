@@ -234,7 +234,7 @@ class ShardGroup:
                     for index, ranges in enumerate(self.ranges)
                 }
                 self.ask(writes)
-                self.backend.supervisor.replacement_answered(begun)
+                self.backend.supervisor.replacement_completed(begun)
 
         self._said_if_long(f"writing {', '.join(state)}", write)
 
@@ -254,7 +254,7 @@ class ShardGroup:
                 what = _describe_replacement("the configuration", held.round)
                 begun = self.backend.supervisor.replacement_begun(what)
                 self.ask(self.for_all(SetConfig(at.token, config, held.revision + 1)))
-                self.backend.supervisor.replacement_answered(begun)
+                self.backend.supervisor.replacement_completed(begun)
                 return config
 
         return self._said_if_long(f"setting {', '.join(values)}", write)

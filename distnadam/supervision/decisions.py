@@ -22,8 +22,8 @@ class Promote:
 
 @dataclass(frozen=True)
 class Rewind:
-    """Have all shards go back together; start these again first. With `undoing` a replacement that
-    was half done may be lost.
+    """Have all shards go back together; start these again first. With `undoing` they may lose the
+    last replacement, which is half done.
     """
 
     shards: tuple[int, ...]

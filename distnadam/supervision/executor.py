@@ -153,8 +153,8 @@ class DecisionExecutor:
         shards = ", ".join(map(str, decision.shards))
         log.warning("shard %s missed a replacement of the configuration, and gets it", shards)
         self._reconfigure(self._cluster.next_epoch(), self._cluster.schedule, self._cluster.config)
-        with suppress(DistNadamError):  # its author was told nothing
-            self._restore_points.replacement_answered(seen.known.begun)
+        with suppress(DistNadamError):  # its author has no answer that this breaks
+            self._restore_points.replacement_completed(seen.known.begun)
 
     def _release_hold(self, decision: decisions.ReleaseHold, seen: Observation) -> None:
         log.warning("the shards were held by %s, which is gone; they go on", decision.token)
@@ -206,14 +206,14 @@ class DecisionExecutor:
             if any(isinstance(error, (ShardLost, StepTimeout)) for error in errors):
                 return  # another death: look again
             if not errors and len(answers) == len(cluster.shards):
-                lost = self._restore_points.gone_back(point, seen.known)
+                lost = self._restore_points.gone_back(point)
                 cluster.cannot_complete = False
                 self.counts["rewound"] += 1
                 self._publish(None if lost is None else f"{decision.why}, and {lost} meanwhile")
                 return
             if errors:
                 log.warning("passing over %s: %s", point, errors[0])
-        tried = ", ".join(map(str, candidates))
+        tried = ", ".join(map(str, candidates)) or "nothing"
         self._publish(f"{decision.why}, and nothing to go back to can be loaded, of {tried}")
 
     def reshard(self, cuts: Sequence[Ranges]) -> None:

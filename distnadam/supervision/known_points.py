@@ -17,7 +17,7 @@ class RestorePoint:
         taken: when its state was taken, as `KnownPoints.now` counts.
         checkpoint: which one; None for parameters.
         params: by space; None for a checkpoint.
-        is_whole: whether it certainly can be loaded; a checkpoint may lack its manifest before.
+        is_whole: whether its manifest was written; before, a checkpoint may not be loadable.
     """
 
     taken: int
@@ -37,18 +37,21 @@ class KnownPoints:
         points: in the order in which their states were taken.
         now: counts events: snapshots, replacements, and whenever all shards went back.
         begun: when the last replacement began, which may be half done; 0: none ever did.
+        half_done: when the first one began of those since the last that was completed.
         what: that replacement, in words.
-        answered: when the last one began that all shards have taken, whose author may know it.
-        what_answered: that replacement, in words.
-        went_back: when all shards last went back: what was taken before is of no use after.
+        completed: when the last one began that all shards have taken, as its author may know.
+        what_completed: that replacement, in words.
+        went_back: when all shards last went back: a snapshot taken before that and written after
+            it does not count.
     """
 
     points: tuple[RestorePoint, ...] = ()
     now: int = 0
     begun: int = 0
+    half_done: int = 0
     what: str = ""
-    answered: int = 0
-    what_answered: str = ""
+    completed: int = 0
+    what_completed: str = ""
     went_back: int = 0
 
     @property
@@ -60,7 +63,7 @@ class KnownPoints:
     def undoing_would_lose(self) -> str | None:
         """What going back would lose beside a last replacement that is half done."""
         is_kept = self._are_whole(self.candidates(undoing=True))
-        return self.what_answered if self.answered and not is_kept else None
+        return self.what_completed if self.completed and not is_kept else None
 
     @staticmethod
     def _are_whole(points: Sequence[RestorePoint]) -> bool:
@@ -70,9 +73,9 @@ class KnownPoints:
         """Return what may be loaded, best first: what loses nothing that was replaced.
 
         Args:
-            undoing: whether the last replacement is half done: it may be lost, and a state that was
-                taken since is no whole one.
+            undoing: whether the last replacement is half done: it may be lost, and a snapshot that
+                was taken since may mix both states.
         """
-        least = self.answered if undoing else self.begun
-        most = self.begun if undoing and self.begun > self.answered else math.inf
+        least = self.completed if undoing else self.begun
+        most = self.half_done if undoing and self.begun > self.completed else math.inf
         return [point for point in reversed(self.points) if least < point.taken < most]

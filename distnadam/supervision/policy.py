@@ -100,7 +100,8 @@ class Observation:
         given_up: ranks whose waiters got WorkerLost.
         highest_round: the latest round that was ever decided; where shards went back from there,
             they replay what is recorded.
-        known: the restore points, of which the executor takes one that can be loaded.
+        known: the restore points, of which the executor takes one that can be loaded; not compared,
+            as parameters may be among them.
     """
 
     shards: Sequence[ShardObservation]
@@ -259,6 +260,9 @@ def _torn(seen: Observation) -> list[Decision] | None:
         return [] if seen.held else [CompleteConfig(behind)]
     if any(shard.epoch == 0 for shard in seen.shards):
         return _rewind(seen, (), "a shard that was started again has no state yet")
+    if all(shard.reason == "rewound" for shard in seen.shards if shard.epoch == newest):
+        why = f"shard {', '.join(map(str, behind))} has not gone back with the others"
+        return [] if seen.held else _rewind(seen, (), why, undoing=seen.would_lose is not None)
     if all(shard.reason == "reconfigured" for shard in seen.shards if shard.epoch == newest):
         return [Complete(behind, newest)]
     return _undo(seen, behind, "the state")

@@ -17,7 +17,7 @@ from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.shard_file import leftover_readers
 from distnadam.errors import CheckpointError, ConfigError, DistNadamError, StaleEpoch
 from distnadam.hyperparameters import NadamConfig
-from distnadam.places import above
+from distnadam.places import above, shown
 from distnadam.protocol.messages import ShardSpec
 from distnadam.protocol.supervisor_messages import Load
 from distnadam.supervision.known_points import KnownPoints, RestorePoint
@@ -26,7 +26,7 @@ from distnadam.tensors.arrays import Flat, cut_flat
 log = logging.getLogger("distnadam")
 
 _MOST_KNOWN = 64
-"""Checkpoints that are known at most: older ones are seldom kept, and never needed first."""
+"""The most checkpoints to remember; `store.prune` has usually removed older ones."""
 
 
 class RestoreMemory(Protocol):
@@ -43,8 +43,8 @@ class RestorePoints:
     """The restore points of one optimizer. Any thread may call; what is to be decided and done by
     several calls takes `known` once.
 
-    Checkpoints count of which this was told, whatever else lies in their directory: that may be of
-    another run, or of before a replacement.
+    Only checkpoints that it was told of count, whatever else lies in their directory: that may be
+    of another run, or from before a replacement.
 
     Args:
         directory: where saved checkpoints must be to count; None: anywhere.
@@ -80,21 +80,23 @@ class RestorePoints:
     def replacement_begun(self, what: str) -> int:
         """Remember that the state is about to be replaced from outside; return when."""
         with self._lock:
-            now = self.known.now + 1
-            self._keep(now=now, begun=now, what=what)
+            known, now = self.known, self.known.now + 1
+            half_done = known.half_done if known.begun > known.completed else now
+            self._keep(now=now, begun=now, half_done=half_done, what=what)
             return now
 
-    def replacement_answered(self, begun: int) -> None:
+    def replacement_completed(self, begun: int) -> None:
         """Remember that all shards have what was replaced.
 
         Raises:
             StaleEpoch: they went back since, or another replacement has begun.
         """
         with self._lock:
-            if begun not in (self.known.begun, self.known.answered):
+            known = self.known
+            if begun < known.went_back or begun not in (known.begun, known.completed):
                 raise StaleEpoch("all shards went back, or were replaced by another, meanwhile")
-            if self.known.answered < begun:
-                self._keep(answered=begun, what_answered=self.known.what)
+            if known.completed < begun:
+                self._keep(completed=begun, what_completed=known.what)
 
     def snapshot_taken(self) -> int:
         """Return when the present state is taken, which all shards are held for."""
@@ -105,48 +107,59 @@ class RestorePoints:
     def checkpoint_written(self, checkpoint: CheckpointId, taken: int, *, is_whole: bool) -> None:
         """Remember a checkpoint of a snapshot whose files are written, and then that it is whole.
 
-        It holds whatever was replaced before it, and makes what is of before that needless, if it
-        is where checkpoints count.
+        It holds whatever was replaced before it, and drops the points that it supersedes, if it is
+        where checkpoints count.
+
+        Raises:
+            CheckpointError: all shards went back since the snapshot, and it has no manifest yet.
         """
-        if self._fixed not in (None, above(checkpoint.place)):
-            return
         with self._lock:
+            places = {each.checkpoint.place for each in self.known.points if each.checkpoint}
+            if (
+                self._fixed not in (None, above(checkpoint.place))
+                and checkpoint.place not in places
+            ):
+                return
+            if taken < self.known.went_back and not is_whole:
+                raise CheckpointError(
+                    f"{shown(checkpoint.place)}: all shards went back since then; save again"
+                )
             if taken < self.known.went_back:
-                return  # what has been since is not its continuation
-            known = [each for each in self.known.points if each.checkpoint == checkpoint]
+                return
+            told = [each for each in self.known.points if each.checkpoint == checkpoint]
             points = [each for each in self.known.points if each.checkpoint != checkpoint]
-            is_whole = is_whole or any(each.is_whole for each in known)  # told late, once more
+            is_whole = is_whole or any(each.is_whole for each in told)  # told late, once more
+            point = RestorePoint(taken=taken, checkpoint=checkpoint, is_whole=is_whole)
             if is_whole:
-                points = [each for each in points if not self._is_needless(each, checkpoint, taken)]
-            points.append(RestorePoint(taken=taken, checkpoint=checkpoint, is_whole=is_whole))
+                points = [each for each in points if not self._is_superseded(each, point)]
+            points.append(point)
             points.sort(key=lambda point: point.taken)
             self._keep(points=tuple(points[-_MOST_KNOWN:]))
 
-    def _is_needless(self, point: RestorePoint, checkpoint: CheckpointId, taken: int) -> bool:
-        """Whether a point is, once a checkpoint is whole."""
-        where = point.checkpoint
-        is_replaced = where is None or (where.place == checkpoint.place and point.taken < taken)
-        return is_replaced or point.taken < self.known.answered < taken
+    def _is_superseded(self, point: RestorePoint, by: RestorePoint) -> bool:
+        """Whether a point is of no use beside a whole checkpoint."""
+        if point.checkpoint is None or by.checkpoint is None:
+            return True
+        is_replaced = point.checkpoint.place == by.checkpoint.place and point.taken < by.taken
+        return is_replaced or point.taken < self.known.completed < by.taken
 
-    def gone_back(self, point: RestorePoint, decided_on: KnownPoints) -> str | None:
+    def gone_back(self, point: RestorePoint) -> str | None:
         """Remember that all shards have this state now; return what that has lost, in words.
 
-        Args:
-            point: of the candidates of `decided_on`.
-            decided_on: what was known when it was decided to go back.
+        A replacement that is not completed by now is void, and never will be: whoever held the
+        shards for it holds them no more.
         """
         with self._lock:
-            known = self.known
-            if known.answered > decided_on.answered:
-                return known.what_answered
+            known, now = self.known, self.known.now + 1
+            if known.completed > point.taken:
+                return known.what_completed
             points = tuple(each for each in known.points if each.taken <= point.taken)
-            now = known.now + 1
             changes: dict[str, Any] = {"now": now, "went_back": now, "points": points}
-            if point.taken < known.begun == decided_on.begun:  # it was undone; a later one was not
-                changes |= {"begun": known.answered, "what": known.what_answered}
+            if point.taken < known.begun:
+                changes |= {"begun": known.completed, "what": known.what_completed}
             try:
                 self._keep(**changes)
-            except DistNadamError as error:  # a successor would refuse to go back, where it may
+            except DistNadamError as error:  # the record is too strict: a successor refuses
                 log.warning("%s", error)
                 self.known = replace(known, **changes)
         return None

@@ -139,7 +139,7 @@ class Supervisor:
         self.restore_points.begin(initial, checkpoint)
         for process in (*self.cluster.alive().values(), *self.cluster.all_standbys()):
             self.cluster.processes.watch(process)
-        self.cluster.describe()
+        self.cluster.describe()  # a reshard may come before the first look
 
     def notify(self, event: Event) -> None:
         """Take an event; the supervisor looks soon."""

@@ -391,8 +391,8 @@ def test_snapshots_and_replacements_are_told_in_their_order_whoever_tells_them(c
     mine, other = case.backend.supervisor, case.another().supervisor
     first = mine.snapshot_taken()
     begun = other.replacement_begun("the state was replaced by this test")
-    other.replacement_answered(begun)
-    other.replacement_answered(begun)  # its answer was lost
+    other.replacement_completed(begun)
+    other.replacement_completed(begun)  # its answer was lost
     assert first < begun < mine.snapshot_taken() < other.snapshot_taken()
 
 

@@ -176,14 +176,17 @@ class Cluster:
         take a fault that was to pass for a host's death, or a node that is back soon for the dead
         one.
         """
-        is_over = threading.Event()
+        is_over, errors = threading.Event(), list[Exception]()
 
         def watch() -> None:
-            while not is_over.wait(_RESTART_S):
+            while not (is_over.wait(_RESTART_S) or errors):
                 with self._acting:
                     for host in self.hosts[1:]:
                         if host not in self.struck and self.ended(host):
-                            self.restart(host)
+                            try:
+                                self.restart(host)
+                            except Exception as error:
+                                errors.append(error)
 
         thread = threading.Thread(target=watch, name="restarting nodes", daemon=True)
         thread.start()
@@ -192,6 +195,7 @@ class Cluster:
         finally:
             is_over.set()
             thread.join()
+        assert not errors, errors
 
     def is_whole(self) -> bool:
         """End the hosts that joined later, and return whether the cluster is as it was, for another

@@ -168,8 +168,8 @@ class _WorldSupervisorClient(SupervisorClient):
         return self._world.supervisor.restore_points.replacement_begun(what)
 
     @override
-    def replacement_answered(self, begun: int) -> None:
-        self._world.supervisor.restore_points.replacement_answered(begun)
+    def replacement_completed(self, begun: int) -> None:
+        self._world.supervisor.restore_points.replacement_completed(begun)
 
     @override
     def snapshot_taken(self) -> int:

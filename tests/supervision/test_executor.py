@@ -376,7 +376,7 @@ def test_a_change_that_is_answered_while_all_go_back_is_lost_by_name(
     loads = points.loads
 
     def loads_late(*given: Any) -> Any:
-        points.replacement_answered(points.replacement_begun("the rate was replaced"))
+        points.replacement_completed(points.replacement_begun("the rate was replaced"))
         return loads(*given)
 
     monkeypatch.setattr(points, "loads", loads_late)

@@ -9,7 +9,7 @@ from distnadam import DistNadam
 from distnadam.checkpoint import store
 from distnadam.checkpoint.checkpoint_id import CheckpointId
 from distnadam.config import Options
-from distnadam.errors import ClusterError, StaleEpoch
+from distnadam.errors import CheckpointError, ClusterError, StaleEpoch
 from distnadam.hyperparameters import NadamConfig
 from distnadam.protocol.messages import ShardSpec
 from distnadam.protocol.supervisor_messages import Load
@@ -74,7 +74,7 @@ def save(points: RestorePoints, which: CheckpointId, taken: int | None = None) -
 
 
 def replace(points: RestorePoints, what: str) -> None:
-    points.replacement_answered(points.replacement_begun(what))
+    points.replacement_completed(points.replacement_begun(what))
 
 
 def listed(points: RestorePoints, *, undoing: bool = False) -> list[CheckpointId | None]:
@@ -145,7 +145,7 @@ def test_what_is_half_done_may_be_undone_but_nothing_before_it() -> None:
     points.replacement_begun("the first")
     assert lost(points) == ("the first", None)
     (initial,) = points.known.candidates(undoing=True)
-    assert points.gone_back(initial, points.known) is None
+    assert points.gone_back(initial) is None
     assert lost(points) == (None, None)
     replace(points, "the second")
     assert lost(points) == ("the second", "the second")
@@ -160,22 +160,49 @@ def test_what_was_undone_is_not_answered() -> None:
     points.begin(PARAMS, None)
     begun = points.replacement_begun("the first")
     (initial,) = points.known.candidates(undoing=True)
-    points.gone_back(initial, points.known)
+    points.gone_back(initial)
     with pytest.raises(StaleEpoch, match="went back"):
-        points.replacement_answered(begun)
+        points.replacement_completed(begun)
 
 
-def test_what_is_replaced_between_the_decision_to_go_back_and_its_end_is_not_forgotten() -> None:
+def test_what_is_completed_between_the_decision_to_go_back_and_its_end_is_said_to_be_lost() -> None:
     points = RestorePoints(None, retain_initial=True)
     points.begin(PARAMS, None)
     points.replacement_begun("the first")
-    decided_on = points.known
-    begun = points.replacement_begun("the second")
-    (initial,) = decided_on.candidates(undoing=True)
-    assert points.gone_back(initial, decided_on) is None
+    (initial,) = points.known.candidates(undoing=True)
+    replace(points, "the second")
+    assert points.gone_back(initial) == "the second"
     assert lost(points)[0] == "the second"
-    points.replacement_answered(begun)
-    assert points.gone_back(initial, decided_on) == "the second", "it is lost, and said to be"
+
+
+def test_what_is_not_completed_when_all_have_gone_back_never_will_be() -> None:
+    points = RestorePoints(None, retain_initial=True)
+    points.begin(PARAMS, None)
+    (initial,) = points.known.candidates()
+    begun = points.replacement_begun("the first")  # once it was decided
+    assert points.gone_back(initial) is None
+    assert lost(points) == (None, None)
+    with pytest.raises(StaleEpoch, match="went back"):
+        points.replacement_completed(begun)
+
+
+def test_what_a_point_holds_is_not_lost_by_going_back_to_it() -> None:
+    points = RestorePoints(None, retain_initial=True)
+    begun = points.replacement_begun("the first")
+    save(points, checkpoint(1))
+    (point,) = points.known.candidates()
+    points.replacement_completed(begun)
+    assert points.gone_back(point) is None
+    assert lost(points) == (None, None) and listed(points) == [checkpoint(1)]
+
+
+def test_a_snapshot_between_two_half_done_replacements_is_no_state_to_go_back_to() -> None:
+    points = RestorePoints(None, retain_initial=True)
+    points.begin(None, checkpoint(0))
+    points.replacement_begun("the first")
+    save(points, checkpoint(1))
+    points.replacement_begun("the first")
+    assert listed(points, undoing=True) == [checkpoint(0)]
 
 
 def test_what_was_taken_before_all_went_back_is_none_afterwards() -> None:
@@ -184,9 +211,11 @@ def test_what_was_taken_before_all_went_back_is_none_afterwards() -> None:
     save(points, checkpoint(1))
     late = points.snapshot_taken()
     save(points, checkpoint(3))
-    points.gone_back(points.known.candidates()[1], points.known)
+    points.gone_back(points.known.candidates()[1])
     assert listed(points) == [checkpoint(1)]
-    save(points, checkpoint(2), late)
+    with pytest.raises(CheckpointError, match="all shards went back since then"):
+        points.checkpoint_written(checkpoint(2), late, is_whole=False)
+    points.checkpoint_written(checkpoint(2), late, is_whole=True)
     assert listed(points) == [checkpoint(1)]
     save(points, checkpoint(4))
     assert listed(points) == [checkpoint(4), checkpoint(1)]
@@ -260,5 +289,5 @@ def test_what_the_memory_does_not_take_has_not_begun_but_what_was_done_is_known(
         points.replacement_begun("the second")
     assert lost(points)[0] == "the first"
     (initial,) = points.known.candidates(undoing=True)
-    assert points.gone_back(initial, points.known) is None
+    assert points.gone_back(initial) is None
     assert lost(points) == (None, None)

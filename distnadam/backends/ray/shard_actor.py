@@ -370,6 +370,7 @@ class ShardActor:
         log.info("shard %d: its supervisor has ended, and so does it", self._spec.index)
         with contextlib.suppress(Exception):  # the cluster ends as well
             registry.forget(self._spec.run_id, [self._address])
+        with contextlib.suppress(Exception):
             stored_restore_points.forget(self._spec.run_id)
         os._exit(0)
 

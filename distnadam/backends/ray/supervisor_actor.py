@@ -164,9 +164,9 @@ class SupervisorActor:
         """Remember that the state is about to be replaced from outside; return when."""
         return await asyncio.to_thread(self._supervisor.restore_points.replacement_begun, what)
 
-    async def replacement_answered(self, begun: int) -> None:
+    async def replacement_completed(self, begun: int) -> None:
         """Remember that all shards have what was replaced."""
-        await asyncio.to_thread(self._supervisor.restore_points.replacement_answered, begun)
+        await asyncio.to_thread(self._supervisor.restore_points.replacement_completed, begun)
 
     async def snapshot_taken(self) -> int:
         """Return when the present state is taken, which all shards are held for."""

@@ -1,7 +1,7 @@
 """Calls to the supervisor's actor, one typed method each.
 
-Every call may be repeated, and is while Ray loses it. Only this module knows the names of the
-actor's methods.
+Every call may be repeated, and is repeated while Ray loses it. Only this module knows the names of
+the actor's methods.
 """
 
 from collections.abc import Callable, Sequence
@@ -142,8 +142,8 @@ class RaySupervisorClient(SupervisorClient):
         return begun
 
     @override
-    def replacement_answered(self, begun: int) -> None:
-        self._ask("replacement_answered", lambda: self.actor.replacement_answered.remote(begun))
+    def replacement_completed(self, begun: int) -> None:
+        self._ask("replacement_completed", lambda: self.actor.replacement_completed.remote(begun))
 
     @override
     def snapshot_taken(self) -> int:

@@ -12,6 +12,7 @@ import pytest
 
 from distnadam import DistNadam, Options
 from distnadam.backends.ray import registry
+from distnadam.backends.ray.stored_restore_points import StoredRestorePoints
 from distnadam.checkpoint import store
 from distnadam.errors import Rewound, Unrecoverable
 
@@ -88,6 +89,16 @@ def test_what_was_saved_since_a_change_is_gone_back_to_though_all_died(tmp_path:
         assert built.round == 1 and built.lr == 0.05
         worker.step(PARAMS)
         assert built.get_params()["w"].tobytes() == expected
+
+
+@pytest.mark.parametrize("outlives", [True, False])
+def test_an_optimizer_that_has_ended_leaves_no_record(outlives: bool, tmp_path: Path) -> None:
+    options = Options(checkpoint_dir=str(tmp_path), outlives=outlives)
+    built = DistNadam(name=f"gone-{outlives}", options=options, **HOW).build(PARAMS)
+    record = StoredRestorePoints(_run_id(built))
+    assert record.read() is not None
+    built.close()
+    assert record.read() is None
 
 
 def kill(optimizer: DistNadam, roles: list[str]) -> None:
