@@ -271,6 +271,24 @@ TABLE: list[tuple[str, Observation, Rules, list[type]]] = [
         [Fail],
     ),
     (
+        "a load half done, by which a replacement was undone",
+        Observation(
+            shards=[alive(epoch=2, reason="rewound"), alive()], would_lose="the half of it"
+        ),
+        WAITS,
+        [Rewind],
+    ),
+    (
+        "a load half done, and a replacement completed before",
+        Observation(
+            shards=[alive(epoch=2, reason="rewound"), alive()],
+            would_lose="it",
+            undoing_would_lose="it",
+        ),
+        WAITS,
+        [Fail],
+    ),
+    (
         "a load half done",
         Observation(shards=[alive(epoch=2, reason="rewound"), alive()]),
         WAITS,
