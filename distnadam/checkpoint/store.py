@@ -234,7 +234,7 @@ def candidates(path: DirectoryLike, passed_over: list[str]) -> Iterator[tuple[Di
         return
     if not directory.directories() and not directory.files():
         raise CheckpointError(f"{directory}: is no checkpoint and no directory of checkpoints")
-    for step in newest_first(directory):
+    for step in _newest_first(directory):
         for manifest in _manifests(step, passed_over):
             yield step, manifest
     reasons = f": {'; '.join(passed_over)}" if passed_over else ""
@@ -310,7 +310,7 @@ def step_directories(root: DirectoryLike) -> list[Directory]:
     return [directory.child(each) for each in sorted(names, key=lambda n: (_round_of(n), n))]
 
 
-def newest_first(root: DirectoryLike) -> Iterator[Directory]:
+def _newest_first(root: DirectoryLike) -> Iterator[Directory]:
     """Yield the directories under `root` that are named as checkpoints, newest round first.
 
     Those that appear meanwhile come before older ones: whoever makes them removes these.

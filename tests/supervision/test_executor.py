@@ -118,6 +118,12 @@ class Scene:
         shard.send(SetConfig(token, config, revision)).result(0)
         shard.send(Resume(token)).result(0)
 
+    def save(self, root: Path) -> str:
+        """Save a checkpoint; return its directory."""
+        made = Settings(config=NadamConfig(), options=OPTIONS, topology=Topology(num_shards=2))
+        saved = Saved(settings=made, data={})
+        return CheckpointWriter().save(self.group, LocalDirectory(root), saved)
+
     def holders(self) -> list[str | None]:
         return [answer.holder for answer in self.group.describe_all()]
 
@@ -322,9 +328,7 @@ def test_a_successor_that_knows_nothing_goes_back_to_the_checkpoints_hyper_param
     scene = Scene()
     scene.group.step(GRADIENT)
     scene.group.set_config({"lr": 0.5, "clipnorm": 1.0})
-    made = Settings(config=NadamConfig(), options=OPTIONS, topology=Topology(num_shards=2))
-    saved = Saved(settings=made, data={})
-    CheckpointWriter().save(scene.group, LocalDirectory(tmp_path), saved)
+    scene.save(tmp_path)
     scene.world.replace_supervisor()
     for shard in list(scene.world.shards):
         shard.kill()
@@ -340,8 +344,7 @@ def test_a_successor_knows_what_was_replaced_though_every_shard_died_with_its_pr
     several: bool, tmp_path: Path
 ) -> None:
     scene = Scene()
-    made = Settings(config=NadamConfig(), options=OPTIONS, topology=Topology(num_shards=2))
-    CheckpointWriter().save(scene.group, LocalDirectory(tmp_path), Saved(settings=made, data={}))
+    scene.save(tmp_path)
     scene.group.set_config({"lr": 0.5})
     scene.world.replace_supervisor()
     for shard in list(scene.world.shards)[: 2 if several else 1]:
@@ -353,12 +356,10 @@ def test_a_successor_knows_what_was_replaced_though_every_shard_died_with_its_pr
 
 def test_nothing_but_the_optimizers_own_checkpoints_is_gone_back_to(tmp_path: Path) -> None:
     scene, other = Scene(), Scene()
-    made = Settings(config=NadamConfig(), options=OPTIONS, topology=Topology(num_shards=2))
-    writer, root = CheckpointWriter(), LocalDirectory(tmp_path)
-    writer.save(scene.group, root, Saved(settings=made, data={}))
+    scene.save(tmp_path)
     for _ in range(3):
         other.group.step(GRADIENT)
-    writer.save(other.group, root, Saved(settings=made, data={}))
+    other.save(tmp_path)
     scene.group.step(GRADIENT)
     scene.world.shards[0].kill()
     scene.world.look()
@@ -369,8 +370,7 @@ def test_a_change_that_is_answered_while_all_go_back_is_lost_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scene = Scene()
-    made = Settings(config=NadamConfig(), options=OPTIONS, topology=Topology(num_shards=2))
-    CheckpointWriter().save(scene.group, LocalDirectory(tmp_path), Saved(settings=made, data={}))
+    scene.save(tmp_path)
     scene.group.step(GRADIENT)
     points = scene.world.supervisor.restore_points
     loads = points.loads
@@ -390,8 +390,7 @@ def test_a_change_that_only_begins_while_all_go_back_keeps_them_from_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scene = Scene()
-    made = Settings(config=NadamConfig(), options=OPTIONS, topology=Topology(num_shards=2))
-    CheckpointWriter().save(scene.group, LocalDirectory(tmp_path), Saved(settings=made, data={}))
+    scene.save(tmp_path)
     scene.group.step(GRADIENT)
     points, start = scene.world.supervisor.restore_points, scene.processes.start
 
@@ -410,12 +409,10 @@ def test_a_checkpoint_that_cannot_be_read_leaves_none_of_before_a_replacement(
     tmp_path: Path,
 ) -> None:
     scene = Scene()
-    made = Settings(config=NadamConfig(), options=OPTIONS, topology=Topology(num_shards=2))
-    writer, root = CheckpointWriter(), LocalDirectory(tmp_path)
-    writer.save(scene.group, root, Saved(settings=made, data={}))
+    scene.save(tmp_path)
     scene.group.set_config({"lr": 0.5})
     scene.group.step(GRADIENT)
-    newest = writer.save(scene.group, root, Saved(settings=made, data={}))
+    newest = scene.save(tmp_path)
     (Path(newest) / "manifest.msgpack").write_bytes(b"damaged")
     scene.world.shards[0].kill()
     scene.world.look()
