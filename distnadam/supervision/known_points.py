@@ -37,8 +37,8 @@ class KnownPoints:
         points: in the order in which their states were taken.
         now: counts events: snapshots, replacements, and whenever all shards went back.
         begun: when the last replacement began, which may be half done; 0: none ever did.
-        half_done: when the first one began of those since the last that was completed.
         what: that replacement, in words.
+        half_done: when the first one began of those since the last that was completed.
         completed: when the last one began that all shards have taken, as its author may know.
         what_completed: that replacement, in words.
         went_back: when all shards last went back: a snapshot taken before that and written after
@@ -48,8 +48,8 @@ class KnownPoints:
     points: tuple[RestorePoint, ...] = ()
     now: int = 0
     begun: int = 0
-    half_done: int = 0
     what: str = ""
+    half_done: int = 0
     completed: int = 0
     what_completed: str = ""
     went_back: int = 0
